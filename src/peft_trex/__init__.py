@@ -1,0 +1,26 @@
+"""T-REX, a mixture of rank-one experts with a semantic prior (arXiv 2404.08985), as an adapter type for PEFT.
+
+Importing this package registers the method: afterwards `get_peft_model`, `PeftModel.from_pretrained` and their kin
+know `TRexConfig` and the adapters saved with it.
+"""
+
+from . import registration
+from .config import TRexConfig
+from .fitting import TRexPriorCallback, TRexPriorReport, initialize_trex_prior
+from .layer import TRexLayer
+from .mixture import rank_one_mixture
+from .model import TRexModel
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "TRexConfig",
+    "TRexLayer",
+    "TRexModel",
+    "TRexPriorCallback",
+    "TRexPriorReport",
+    "initialize_trex_prior",
+    "rank_one_mixture",
+]
+
+registration.register(TRexConfig, TRexModel)

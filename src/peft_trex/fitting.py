@@ -1,0 +1,222 @@
+"""Before training: cluster the prompts' embeddings, and store the centroids with the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.cluster import MiniBatchKMeans
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from .config import TRexConfig
+from .layer import TRexLayer
+from .model import TRexModel
+from .prior import SemanticPrior
+
+
+@dataclass(frozen=True)
+class TRexPriorReport:
+    """What `initialize_trex_prior` found.
+
+    Attributes:
+        prompts: number of prompts seen.
+        cluster_sizes: prompts in each of the K clusters.
+        explained_variance: share, in [0, 1], of the embeddings' variance that lies between the clusters; the
+            embeddings centred and normalised.
+    """
+
+    prompts: int
+    cluster_sizes: tuple[int, ...]
+    explained_variance: float
+
+
+def initialize_trex_prior(
+    model: nn.Module,
+    dataloader: Iterable[Mapping[str, Any]] | None = None,
+    *,
+    adapter_name: str = "default",
+    max_batches: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    embeddings: Tensor | np.ndarray | None = None,
+) -> TRexPriorReport:
+    """Fit an adapter's semantic prior: embed the training prompts and cluster them (arXiv 2404.08985).
+
+    A prompt's embedding is the mean of the frozen input embeddings over its tokens: those that are attended to and,
+    in a causal language model that is given labels, have label -100. The embeddings are centred by their mean,
+    normalised, and clustered with k-means. Centroids, mean, and the mean score of each cluster are stored with the
+    adapter, which saves, loads and pushes them. The adapter is touched only when all is done.
+
+    Args:
+        model: a model with a T-REX adapter, as `get_peft_model` returns it.
+        dataloader: batches as the model's forward takes them, read once. The random state is left as it was.
+        adapter_name: the adapter to fit.
+        max_batches: stop after this many batches; None reads all.
+        seed: of the clustering.
+        progress: show a progress bar.
+        embeddings: (N, d) embeddings of the training prompts instead of a dataloader, for an adapter with
+            `prior_encoder="external"`, d being its `prior_dim`.
+
+    Returns:
+        A report: prompts seen, cluster sizes, explained variance.
+
+    Raises:
+        ValueError, TypeError: if there is no such adapter, it has no prior, the data do not fit its encoder, hold NaN,
+            or have fewer distinct prompts than the adapter has clusters.
+    """
+    tuner, config, prior = _find_prior(model, adapter_name)
+    if max_batches is not None and (
+        isinstance(max_batches, bool) or not isinstance(max_batches, int) or max_batches < 1
+    ):
+        raise ValueError(f"max_batches={max_batches!r} must be a whole number of at least 1, or None.")
+    external = config.prior_encoder == "external"
+    if external != (embeddings is not None) or external == (dataloader is not None):
+        wanted = (
+            "embeddings=, of shape (N, prior_dim), and no dataloader" if external else "a dataloader and no embeddings"
+        )
+        raise ValueError(f"The adapter {adapter_name!r} has prior_encoder={config.prior_encoder!r}; give {wanted}.")
+    if embeddings is not None:
+        gathered = _check_embeddings(embeddings, prior.dim)
+    else:
+        assert dataloader is not None
+        gathered = _embed_all(tuner, dataloader, max_batches, progress)
+    return _fit(prior, gathered, seed)
+
+
+class TRexPriorCallback(TrainerCallback):
+    """Fits the semantic prior of the active T-REX adapters when training starts, from the training data.
+
+    An adapter whose prior is fitted already keeps it, and a resumed training fits nothing.
+
+    Args:
+        max_batches: read at most this many batches of the training data; None reads all.
+        seed: of the clustering.
+        progress: show a progress bar.
+    """
+
+    def __init__(self, max_batches: int | None = None, seed: int = 0, progress: bool = True) -> None:
+        self.max_batches = max_batches
+        self.seed = seed
+        self.progress = progress
+
+    def on_train_begin(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: nn.Module | None = None,
+        train_dataloader: Iterable[Mapping[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.global_step > 0:  # a prior that changes between two steps would change what the adapter has learned
+            return
+        if model is None or train_dataloader is None:
+            raise ValueError(
+                "TRexPriorCallback needs the Trainer's model and train_dataloader; it was called without."
+            )
+        tuner = _find_tuner(model)
+        for name in tuner.active_adapters:
+            prior = tuner.prior_of(name)
+            if prior is not None and not prior.fitted:
+                initialize_trex_prior(
+                    tuner,
+                    train_dataloader,
+                    adapter_name=name,
+                    max_batches=self.max_batches,
+                    seed=self.seed,
+                    progress=self.progress,
+                )
+
+
+def _find_tuner(model: nn.Module) -> TRexModel:
+    tuner = next((module for module in model.modules() if isinstance(module, TRexModel)), None)
+    if tuner is None:
+        raise ValueError(
+            f"The model, a {type(model).__name__}, has no T-REX adapter; make one with get_peft_model and TRexConfig."
+        )
+    return tuner
+
+
+def _find_prior(model: nn.Module, adapter_name: str) -> tuple[TRexModel, TRexConfig, SemanticPrior]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected a model with a T-REX adapter.")
+    tuner = _find_tuner(model)
+    if adapter_name not in tuner.peft_config:
+        raise ValueError(f"There is no adapter {adapter_name!r}; the model has {sorted(tuner.peft_config)}.")
+    config, prior = tuner.config_of(adapter_name), tuner.prior_of(adapter_name)
+    if not config.use_prior:
+        raise ValueError(f"The adapter {adapter_name!r} has use_prior=False, so there is no prior to fit.")
+    if prior is None:
+        raise ValueError(
+            "The base model has no token embedding to compute a prior from; use prior_encoder='external'."
+        )
+    if any(adapter_name in layer.merged_adapters for layer in tuner.modules() if isinstance(layer, TRexLayer)):
+        raise ValueError(f"The adapter {adapter_name!r} is merged; call unmerge_adapter() before its prior changes.")
+    return tuner, config, prior
+
+
+def _check_embeddings(embeddings: Tensor | np.ndarray, dim: int) -> np.ndarray:
+    if not isinstance(embeddings, (Tensor, np.ndarray)):
+        raise TypeError(
+            f"embeddings is a {type(embeddings).__name__}; expected a tensor or array of shape (N, {dim})."
+        )
+    if embeddings.ndim != 2 or embeddings.shape[1] != dim:
+        raise ValueError(
+            f"embeddings has shape {tuple(embeddings.shape)}; expected (N, prior_dim) with prior_dim={dim}."
+        )
+    return torch.as_tensor(embeddings).detach().float().cpu().numpy()
+
+
+def _embed_all(
+    tuner: TRexModel, dataloader: Iterable[Mapping[str, Any]], max_batches: int | None, progress: bool
+) -> np.ndarray:
+    """Embeddings (N, d), float32, of all prompts that have any token."""
+    total = len(dataloader) if isinstance(dataloader, Sized) else None
+    if max_batches is not None:
+        total = max_batches if total is None else min(total, max_batches)
+    gathered = []
+    with torch.random.fork_rng(devices=[]), tqdm(total=total, desc="T-REX prior", disable=not progress) as bar:
+        for index, batch in enumerate(dataloader):
+            if index == max_batches:
+                break
+            if not isinstance(batch, Mapping):
+                raise TypeError(
+                    f"The dataloader gave a {type(batch).__name__}; expected a mapping such as {{'input_ids': ...}}."
+                )
+            pooled, known = tuner.prompts.embed(batch)
+            gathered.append(pooled[known].cpu().numpy())
+            bar.update()
+    if not gathered:
+        raise ValueError("The dataloader gave no batch; the prior needs the training prompts.")
+    return np.concatenate(gathered)
+
+
+def _fit(prior: SemanticPrior, embeddings: np.ndarray, seed: int) -> TRexPriorReport:
+    if not np.isfinite(embeddings).all():
+        bad = int((~np.isfinite(embeddings)).any(1).sum())
+        raise ValueError(
+            f"{bad} of {len(embeddings)} prompt embeddings hold NaN or infinity; the prior was left as it was."
+        )
+    clusters = prior.centroids.shape[0]
+    mean = embeddings.mean(0, dtype=np.float64).astype(np.float32)
+    unit = torch.nn.functional.normalize(torch.from_numpy(embeddings - mean), dim=-1).numpy()
+    # rounded, because the mean over a prompt's tokens differs in its last bits with the padding of its batch
+    distinct = len(np.unique(unit.round(4), axis=0))
+    if distinct < clusters:
+        raise ValueError(
+            f"num_clusters={clusters} is more than the {distinct} distinct prompts among the {len(unit)} that were "
+            "seen. Give more prompts, or build the adapter with fewer clusters."
+        )
+    kmeans = MiniBatchKMeans(clusters, init="k-means++", n_init=3, batch_size=4096, random_state=seed).fit(unit)
+    sizes = np.bincount(kmeans.labels_, minlength=clusters)
+    between = 1 - ((unit - kmeans.cluster_centers_[kmeans.labels_]) ** 2).sum() / ((unit - unit.mean(0)) ** 2).sum()
+    centroids = torch.from_numpy(kmeans.cluster_centers_).float()
+    centroids = torch.nn.functional.normalize(centroids, dim=-1)
+    mean_scores = torch.from_numpy(unit.mean(0)) @ centroids.T
+    prior.set(centroids, torch.from_numpy(mean), mean_scores)
+    return TRexPriorReport(len(unit), tuple(int(size) for size in sizes), float(np.clip(between, 0, 1)))

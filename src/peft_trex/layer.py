@@ -1,0 +1,227 @@
+"""The adapter in a linear layer: parameters, forward, merging."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from .config import TRexConfig
+from .mixture import expert_weights, mean_delta_weight, rank_one_mixture
+from .prior import PriorChannel
+
+
+class TRexLayer(BaseTunerLayer):
+    """Parameters of the T-REX adapters of one layer; see [`Linear`] for what is done with them."""
+
+    adapter_layer_names: tuple[str, ...] = (
+        "trex_A",  # (r_a, D_in)
+        "trex_B",  # (D_out, r_b)
+        "trex_router",  # (E, D_in), absent with use_router=False
+        "trex_map",  # (E, K), absent unless learned
+        "trex_omega",  # (1,), a logit; of one axis because FSDP shards no scalars
+        "trex_gate",  # (1,), likewise
+    )
+    other_param_names: tuple[str, ...] = ("trex_dropout", "trex_settings", "trex_uses_prior")
+
+    def __init__(self, base_layer: nn.Module, channel: PriorChannel) -> None:
+        self.base_layer = base_layer
+        self.trex_A = nn.ParameterDict()
+        self.trex_B = nn.ParameterDict()
+        self.trex_router = nn.ParameterDict()
+        self.trex_map = nn.ParameterDict()
+        self.trex_omega = nn.ParameterDict()
+        self.trex_gate = nn.ParameterDict()
+        self.trex_dropout = nn.ModuleDict()
+        self.trex_settings: dict[str, dict[str, Any]] = {}
+        self.trex_uses_prior: dict[str, bool] = {}
+        self._channel = channel
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        innermost: Any = self.get_base_layer()
+        if isinstance(innermost, Conv1D):  # under ZeRO-3 the weight itself is empty until it is gathered
+            shape = tuple(getattr(innermost.weight, "ds_shape", innermost.weight.shape))
+        else:
+            shape = (innermost.in_features, innermost.out_features)
+        self.in_features, self.out_features = shape
+
+    def update_layer(self, adapter_name: str, config: TRexConfig) -> None:
+        """Add an adapter, or replace the one of this name."""
+        experts = config.num_experts
+        self.trex_A[adapter_name] = nn.Parameter(torch.empty(config.r_a, self.in_features))
+        self.trex_B[adapter_name] = nn.Parameter(torch.empty(self.out_features, config.r_b))
+        if config.use_router:
+            self.trex_router[adapter_name] = nn.Parameter(torch.empty(experts, self.in_features))
+        if config.learned_map:
+            self.trex_map[adapter_name] = nn.Parameter(torch.empty(experts, config.num_clusters))
+        self.trex_omega[adapter_name] = nn.Parameter(torch.empty(1))
+        self.trex_gate[adapter_name] = nn.Parameter(torch.empty(1))
+        self.trex_dropout[adapter_name] = nn.Dropout(config.trex_dropout) if config.trex_dropout else nn.Identity()
+        self.trex_settings[adapter_name] = {
+            "token_scale": float(experts if config.token_scale is None else config.token_scale),
+            "prior_scale": config.prior_scale,
+            "temperature": config.gate_temperature,
+            "layout": config.expert_layout,
+        }
+        self.trex_uses_prior[adapter_name] = config.use_prior
+        self.reset_trex_parameters(adapter_name, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def reset_trex_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
+        """The paper's start (the adapter's output is zero), or with `init_weights=False` one where nothing is zero."""
+        starts_at_zero = {"trex_B", "trex_router"} if init_weights else set()
+        for name in ("trex_A", "trex_B", "trex_router", "trex_map"):
+            parameters = getattr(self, name)
+            if adapter_name not in parameters:
+                continue
+            if name in starts_at_zero:
+                nn.init.zeros_(parameters[adapter_name])
+            else:
+                nn.init.kaiming_uniform_(parameters[adapter_name], a=math.sqrt(5))
+        nn.init.zeros_(self.trex_omega[adapter_name])
+        nn.init.zeros_(self.trex_gate[adapter_name])
+
+    def _prior(self, adapter_name: str, scores: Tensor | None) -> Tensor | None:
+        """Prior of each expert (..., E) from the scores of the clusters (..., K); None where it has no part."""
+        if not self.trex_uses_prior[adapter_name]:
+            return None
+        if adapter_name not in self.trex_map:
+            return scores
+        mapping = self.trex_map[adapter_name]
+        if scores is None:  # zero, but the map still takes part in the graph: DDP waits for every parameter
+            scores = mapping.new_zeros(1, mapping.shape[1])
+        return F.linear(scores.to(mapping.dtype), mapping)
+
+    def _routing(self, adapter_name: str, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Router, prior and omega of an adapter, for an input `x`."""
+        uses_prior = self.trex_uses_prior[adapter_name]
+        prior = self._prior(adapter_name, self._channel.scores(adapter_name, x) if uses_prior else None)
+        router = self.trex_router[adapter_name] if adapter_name in self.trex_router else None
+        if router is None and prior is None:  # a prior that is not known yet
+            prior = x.new_zeros(1, self._experts(adapter_name))
+        return router, prior, self.trex_omega[adapter_name]
+
+    def _experts(self, adapter_name: str) -> int:
+        r_a, r_b = self.trex_A[adapter_name].shape[0], self.trex_B[adapter_name].shape[1]
+        return r_a if self.trex_settings[adapter_name]["layout"] == "paired" else r_a * r_b
+
+    def expert_weights(self, x: Tensor, adapter_name: str = "default") -> Tensor:
+        """Weight of every expert, before the output gate, for the layer's input `x` (..., D_in): (..., E).
+
+        To be called within a forward of the model, from a hook for instance, since the prior belongs to it.
+        """
+        settings = {key: value for key, value in self.trex_settings[adapter_name].items() if key != "layout"}
+        x = self._cast_input_dtype(x, self.trex_A[adapter_name].dtype)
+        weights = expert_weights(x, *self._routing(adapter_name, x), **settings)
+        return weights.expand(*x.shape[:-1], weights.shape[-1])
+
+    def _adapter_output(self, adapter_name: str, x: Tensor) -> Tensor:
+        A = self.trex_A[adapter_name]
+        x = self.trex_dropout[adapter_name](self._cast_input_dtype(x, A.dtype))
+        return rank_one_mixture(
+            x,
+            A,
+            self.trex_B[adapter_name],
+            *self._routing(adapter_name, x),
+            self.trex_gate[adapter_name],
+            **self.trex_settings[adapter_name],
+        )
+
+
+class Linear(nn.Module, TRexLayer):
+    """T-REX in an `nn.Linear` or a transformers `Conv1D`: `y = W0 x + gate * B (a G)`.
+
+    Args:
+        base_layer: the layer to adapt, or an adapter layer around it.
+        adapter_name: the first adapter's name.
+        config: its configuration.
+        channel: where this layer finds the prior of the forward that is running.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: TRexConfig, channel: PriorChannel) -> None:
+        super().__init__()
+        TRexLayer.__init__(self, base_layer, channel)
+        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
+        if config.fan_in_fan_out and not self.fan_in_fan_out:
+            warnings.warn(
+                f"fan_in_fan_out=True does not fit a {type(self.get_base_layer()).__name__} and is ignored there.",
+                stacklevel=2,
+            )
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The static weight of the adapter's mean routing, in the base weight's layout and float32 or wider."""
+        scores = self._channel.mean_scores(adapter) if self.trex_uses_prior[adapter] else None
+        prior = self._prior(adapter, scores if scores is None else scores[None].to(self.trex_A[adapter].device))
+        delta = mean_delta_weight(
+            self.trex_A[adapter],
+            self.trex_B[adapter],
+            prior,
+            self.trex_omega[adapter],
+            self.trex_gate[adapter],
+            use_router=adapter in self.trex_router,
+            **self.trex_settings[adapter],
+        )
+        return delta.T if self.fan_in_fan_out else delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters' mean routing to the base weight.
+
+        Args:
+            safe_merge: check the sum for NaN and infinity before the base weight is touched.
+            adapter_names: the adapters to merge; None merges the active ones.
+
+        Raises:
+            ValueError: with `safe_merge`, if an adapter's weights are not finite.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.trex_A:
+                continue
+            self._add_to_base(self.get_delta_weight(name), name, check=safe_merge)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Subtract what `merge` added; the base weight is restored to rounding."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if name in self.trex_A:
+                self._add_to_base(-self.get_delta_weight(name), name, check=False)
+
+    @torch.no_grad()
+    def _add_to_base(self, delta: Tensor, adapter_name: str, check: bool) -> None:
+        weight: Any = self.get_base_layer().weight
+        merged = (weight.data + delta.to(weight.device)).to(weight.dtype)
+        if check and not torch.isfinite(merged).all():
+            raise ValueError(
+                f"NaN or infinity found in the merged weights; the adapter {adapter_name} seems to be broken. Nothing "
+                "was merged into this layer."
+            )
+        weight.data = merged
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return result
+        for name in self.active_adapters:
+            if name in self.trex_A:
+                result = result + self._adapter_output(name, x).to(result.dtype)
+        return result
+
+    def __repr__(self) -> str:
+        return "trex." + super().__repr__()

@@ -1,0 +1,167 @@
+"""The mixture of rank-one experts as pure functions on tensors: the readable reference of the method.
+
+Axis legend: T tokens (any leading axes), D_in and D_out the layer's widths, r_a input vectors, r_b output vectors,
+E experts (r_a * r_b in the grid layout, r_a = r_b in the paired one), K clusters, B prompts of a batch.
+
+Source: T-REX, arXiv 2404.08985.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Layout = Literal["grid", "paired"]
+
+
+def num_experts(r_a: int, r_b: int, layout: Layout = "grid") -> int:
+    """Number of rank-one experts E that `r_a` input and `r_b` output vectors make."""
+    return r_a * r_b if layout == "grid" else r_a
+
+
+def expert_weights(
+    x: Tensor,
+    router: Tensor | None = None,
+    prior: Tensor | None = None,
+    omega_logit: Tensor | None = None,
+    *,
+    token_scale: float,
+    prior_scale: float = 4.0,
+    temperature: float = 100.0,
+) -> Tensor:
+    """Weight of every expert for every token: `G = omega c_token softmax(R x) + (1 - omega) c_prior prior`.
+
+    Arguments as in [`rank_one_mixture`]. Returns (..., E), in float32 or wider (x's dtype if that is float64). The
+    leading axes are those of `x` with a router; without one they are the prior's, ready to broadcast against `x`.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    omega = None if omega_logit is None else torch.sigmoid(temperature * omega_logit.to(dtype))  # (1,)
+    G: Tensor | None = None
+    if router is not None:
+        token = torch.softmax(F.linear(x, router), dim=-1, dtype=dtype)  # (..., E)
+        G = token_scale * token if omega is None else omega * token_scale * token
+    if prior is not None:
+        if prior.dim() == 2:  # one row a prompt holds for all of its tokens
+            prior = prior.reshape(prior.shape[0], *[1] * (x.dim() - 2), prior.shape[1])
+        known = prior_scale * prior.to(dtype)
+        known = known if omega is None else (1 - omega) * known
+        G = known if G is None else G + known
+    if G is None:
+        raise ValueError("A mixture needs a `router`, a `prior`, or both; got neither.")
+    return G
+
+
+def rank_one_mixture(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    router: Tensor | None = None,
+    prior: Tensor | None = None,
+    omega_logit: Tensor | None = None,
+    gate_logit: Tensor | None = None,
+    *,
+    token_scale: float,
+    prior_scale: float = 4.0,
+    temperature: float = 100.0,
+    layout: Layout = "grid",
+) -> Tensor:
+    """Output of one T-REX adapter, `gate * B (a G)` with `a = A x`; the base layer's output is not included.
+
+    Args:
+        x: (..., D_in), the layer's input.
+        A: (r_a, D_in), one input vector a row.
+        B: (D_out, r_b), one output vector a column.
+        router: (E, D_in), the token router R. None leaves the token's part out (the ablation "no router").
+        prior: (B, E) with B = x.shape[0], or 1 for all rows; or (B, T, E), one for each token. None leaves the prior's
+            part out (the ablation "no prior").
+        omega_logit: one element; omega = sigmoid(temperature * omega_logit) shares the weight between token (omega)
+            and prior (1 - omega). None leaves the factor out of both.
+        gate_logit: one element; gate = sigmoid(temperature * gate_logit) scales the output. None leaves it out.
+        token_scale: c_token of the paper; the number of experts makes the mean expert's weight 1.
+        prior_scale: c_prior of the paper.
+        temperature: of both sigmoids.
+        layout: "grid": expert (i, j) is b_j a_i^T and stands at i * r_b + j. "paired" (the paper's first version):
+            r_a = r_b = E and expert i is b_i a_i^T.
+
+    Returns:
+        (..., D_out) in the dtype of the last product. Softmax, weights and mix are computed in float32 or wider.
+
+    Raises:
+        ValueError: for shapes that do not fit each other, an unknown layout, or neither router nor prior.
+    """
+    _check_shapes(x, A, B, router, prior, layout)
+    G = expert_weights(
+        x, router, prior, omega_logit, token_scale=token_scale, prior_scale=prior_scale, temperature=temperature
+    )  # (..., E)
+    a = F.linear(x, A)  # (..., r_a)
+    if layout == "grid":
+        mixed = (a.unsqueeze(-1) * G.unflatten(-1, (A.shape[0], B.shape[1]))).sum(-2)  # (..., r_b)
+    else:
+        mixed = a * G  # (..., r_a = r_b)
+    if gate_logit is not None:  # a scalar: on r_b features it costs less than on D_out
+        mixed = torch.sigmoid(temperature * gate_logit.to(mixed.dtype)) * mixed
+    return F.linear(mixed.to(a.dtype), B)  # (..., D_out)
+
+
+def mean_delta_weight(
+    A: Tensor,
+    B: Tensor,
+    mean_prior: Tensor | None = None,
+    omega_logit: Tensor | None = None,
+    gate_logit: Tensor | None = None,
+    *,
+    use_router: bool = True,
+    token_scale: float,
+    prior_scale: float = 4.0,
+    temperature: float = 100.0,
+    layout: Layout = "grid",
+) -> Tensor:
+    """The static weight `gate * B C A` (D_out, D_in) of the mixture's mean routing.
+
+    The token router is taken as uniform (1 / E for every expert), the prior at `mean_prior` (E,). Exact when there is
+    no router and the prior is that one, an approximation otherwise. Arguments as in [`rank_one_mixture`].
+    """
+    experts = num_experts(A.shape[0], B.shape[1], layout)
+    uniform = A.new_zeros(experts, 1) if use_router else None  # softmax of equal logits, whatever the input
+    G = expert_weights(
+        A.new_zeros(1, 1),
+        uniform,
+        A.new_zeros(1, experts) if mean_prior is None else mean_prior.reshape(1, experts),
+        omega_logit,
+        token_scale=token_scale,
+        prior_scale=prior_scale,
+        temperature=temperature,
+    ).reshape(experts)
+    core = G.unflatten(0, (A.shape[0], B.shape[1])).T if layout == "grid" else torch.diag(G)  # (r_b, r_a)
+    if gate_logit is not None:
+        core = torch.sigmoid(temperature * gate_logit.to(core.dtype)) * core
+    return B.to(core.dtype) @ core @ A.to(core.dtype)
+
+
+def _check_shapes(x: Tensor, A: Tensor, B: Tensor, router: Tensor | None, prior: Tensor | None, layout: str) -> None:
+    if layout not in ("grid", "paired"):
+        raise ValueError(f"layout={layout!r} is unknown; use 'grid' or 'paired'.")
+    if A.dim() != 2 or A.shape[1] != x.shape[-1]:
+        raise ValueError(f"A has shape {tuple(A.shape)}; expected (r_a, D_in) with D_in = {x.shape[-1]}, as in x.")
+    if B.dim() != 2:
+        raise ValueError(f"B has shape {tuple(B.shape)}; expected (D_out, r_b).")
+    r_a, r_b = A.shape[0], B.shape[1]
+    if layout == "paired" and r_a != r_b:
+        raise ValueError(f"The paired layout needs as many rows in A as columns in B; got {r_a} and {r_b}.")
+    experts = num_experts(r_a, r_b, layout)  # type: ignore[arg-type]
+    if router is not None and tuple(router.shape) != (experts, x.shape[-1]):
+        raise ValueError(f"router has shape {tuple(router.shape)}; expected (E, D_in) = {(experts, x.shape[-1])}.")
+    if prior is None:
+        return
+    if prior.shape[-1] != experts or prior.dim() > x.dim() or (prior.dim() != 2 and (prior.dim(), x.dim()) != (3, 3)):
+        raise ValueError(
+            f"prior has shape {tuple(prior.shape)} for x of shape {tuple(x.shape)}; expected (B, E) or (B, T, E) "
+            f"with E = {experts}."
+        )
+    if any(found not in (1, wanted) for found, wanted in zip(prior.shape[:-1], x.shape[:-1], strict=False)):
+        raise ValueError(
+            f"prior has shape {tuple(prior.shape)}, x {tuple(x.shape)}: its leading axes must be x's, or 1."
+        )

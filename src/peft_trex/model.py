@@ -1,0 +1,172 @@
+"""TRexModel: PEFT's tuner for the method."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import TRexConfig
+from .layer import Linear, TRexLayer
+from .prior import PriorChannel, SemanticPrior
+from .prompts import PromptWatch
+
+
+class TRexModel(BaseTuner):
+    """
+    Creates a T-REX model, a mixture of rank-one experts with a semantic prior, from a pretrained model.
+
+    The method is described in https://arxiv.org/abs/2404.08985.
+
+    Args:
+        model (`torch.nn.Module`): The model to be adapted.
+        config ([`TRexConfig`]): The configuration of the adapter.
+        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
+
+    **Attributes**:
+        - **model** -- The model to be adapted.
+        - **peft_config** (`dict[str, TRexConfig]`): The configuration of each adapter.
+        - **trex_prior** (`nn.ModuleDict`): The [`SemanticPrior`] of each adapter that has one.
+        - **prompts** ([`PromptWatch`]): What finds the prior of each forward.
+    """
+
+    prefix: str = "trex_"
+    tuner_layer_cls = TRexLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - as PEFT declares it
+    # the priors belong to the model, not to a layer, and are saved once
+    uses_shared_state: bool = True
+
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        self.trex_prior = nn.ModuleDict()
+        self.prompts = PromptWatch(self, PriorChannel(self.trex_prior))
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> PeftConfig:
+        # the paper adapts all linear layers, whatever the architecture, so there is no table of model types
+        if peft_config.target_modules is None:
+            peft_config.target_modules = "all-linear"
+        return peft_config
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # a prior belongs to the model; its layers, which are built here, find it through the channel
+        config, embedding = self.config_of(adapter_name), self.input_embedding()
+        dim = config.prior_dim if embedding is None or config.prior_dim else embedding.embedding_dim
+        if config.use_prior and dim is not None:
+            prior = SemanticPrior(config.num_clusters, dim)
+            if embedding is not None and embedding.weight.device.type != "meta":
+                prior.to(embedding.weight.device)
+            self.trex_prior[adapter_name] = prior
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            self._forget_prior(adapter_name)
+            raise
+        self.prompts.attach()
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, TRexLayer):
+            target.update_layer(adapter_name, peft_config)
+            return
+        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not isinstance(base_layer, (nn.Linear, Conv1D)):
+            raise ValueError(
+                f"The target module {current_key} is a {type(base_layer).__name__}; T-REX adapts torch.nn.Linear and "
+                "transformers' Conv1D. Name such layers in target_modules, or leave this one out with exclude_modules."
+            )
+        new_module = Linear(target, adapter_name, peft_config, self.prompts.channel)
+        if adapter_name not in self.active_adapters:
+            new_module.requires_grad_(False)
+        self._replace_module(parent, target_name, new_module, target)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        # the layers' own clean-up does not reach what belongs to the model
+        super().delete_adapter(adapter_name)
+        self._forget_prior(adapter_name)
+
+    def _check_merge_allowed(self) -> None:
+        # PEFT asks once per merge, which makes this the place for a warning that should not come from every layer
+        super()._check_merge_allowed()
+        warnings.warn(
+            "T-REX depends on its input, so no static weight equals it. The adapter is merged approximately, with its "
+            "mean routing: uniform over the experts for the tokens, the training prompts' mean scores for the prior.",
+            stacklevel=3,
+        )
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        # the base model leaves as it came, without the hooks that watch it
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        self.prompts.detach()
+        return model
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT drops this argument for methods that do not know it, and would run every row with the active adapter
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "T-REX does not support adapter_names, one adapter for each row of a batch; use set_adapter and one "
+                "call for each adapter."
+            )
+        yield
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        # PEFT loads without strictness: what a damaged or foreign file lacks would stay at its random start in silence
+        loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        own = {
+            key
+            for key in model.state_dict()
+            if f".{cls.prefix}" in key and (key.endswith(f".{adapter_name}") or f".{adapter_name}." in key)
+        }
+        given = {key for key in loaded if f".{cls.prefix}" in key}
+        for what, keys in (("lacks", sorted(own - given)), ("holds unknown", sorted(given - own))):
+            if keys:
+                raise ValueError(
+                    f"The adapter file {what} {len(keys)} T-REX tensors, such as {keys[0]}; the adapter has "
+                    f"{len(own)}. The file is damaged or was saved for another base model or configuration: restore it, or load it "
+                    "onto the model that its adapter_config.json names."
+                )
+        return loaded
+
+    def config_of(self, adapter_name: str) -> TRexConfig:
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, TRexConfig)
+        return config
+
+    def prior_of(self, adapter_name: str) -> SemanticPrior | None:
+        """The adapter's semantic prior, or None if it has none."""
+        prior = self.trex_prior[adapter_name] if adapter_name in self.trex_prior else None
+        assert prior is None or isinstance(prior, SemanticPrior)
+        return prior
+
+    def _forget_prior(self, adapter_name: str) -> None:
+        if adapter_name in self.trex_prior:
+            del self.trex_prior[adapter_name]
+
+    def input_embedding(self) -> nn.Embedding | None:
+        """The base model's frozen token embedding, or None for a model without one."""
+        try:
+            embedding = self.model.get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            return None
+        if isinstance(embedding, AuxiliaryTrainingWrapper):  # trained beside the adapter; the frozen one is kept in it
+            embedding = embedding.original_module
+        if isinstance(embedding, BaseTunerLayer):
+            embedding = embedding.get_base_layer()
+        return embedding if isinstance(embedding, nn.Embedding) else None

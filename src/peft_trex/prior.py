@@ -1,0 +1,189 @@
+"""The semantic prior: what a prompt's embedding says about the experts, and how it reaches the layers of one forward.
+
+Axis legend: B prompts of a batch, T tokens, d width of the embedding, K clusters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class SemanticPrior(nn.Module):
+    """Centroids of the training prompts' embeddings, and the score of a prompt against each of them.
+
+    `s_k = cos(e - mean, c_k)` for the prompt's embedding `e` (arXiv 2404.08985, the instance-level intuition; the
+    centring is ours). The buffers are saved and loaded with the adapter; all are zero until the prior is fitted.
+
+    Args:
+        num_clusters: K.
+        dim: d, the embedding's width.
+    """
+
+    centroids: Tensor  # (K, d), rows of length one
+    mean: Tensor  # (d,), the training prompts' mean embedding
+    mean_scores: Tensor  # (K,), the mean score of each cluster over the training prompts
+
+    def __init__(self, num_clusters: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("centroids", torch.zeros(num_clusters, dim))
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("mean_scores", torch.zeros(num_clusters))
+        self._fitted: bool | None = None
+        self.register_load_state_dict_pre_hook(_forget_fitted)
+
+    @property
+    def dim(self) -> int:
+        return self.mean.shape[0]
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the centroids are known. Read off them once, since on a GPU each look would wait for the device."""
+        if self._fitted is None:
+            self._fitted = bool(self.centroids.any())
+        return self._fitted
+
+    @torch.no_grad()
+    def set(self, centroids: Tensor, mean: Tensor, mean_scores: Tensor) -> None:
+        """Take over a finished fit, all at once."""
+        self.centroids.copy_(F.normalize(centroids, dim=-1))
+        self.mean.copy_(mean)
+        self.mean_scores.copy_(mean_scores)
+        self._fitted = None
+
+    @torch.no_grad()
+    def score(self, embedding: Tensor) -> Tensor:
+        """Scores (B, K) in [-1, 1], float32, of prompt embeddings (B, d)."""
+        device = embedding.device
+        with torch.autocast(device.type, enabled=False):
+            unit = F.normalize(embedding.float() - self.mean.to(device).float(), dim=-1)
+            return unit @ self.centroids.to(device).float().T
+
+
+def _forget_fitted(module: nn.Module, *_: Any) -> None:
+    module._fitted = None  # type: ignore[assignment]
+
+
+def prompt_mask(tokens: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> tuple[Tensor, bool]:
+    """Which of the tokens (B, T) belong to the prompt: (B, T) bool, and whether every row's labels told.
+
+    Those attended to and, where `labels` of the same shape are given, with label -100. A row whose labels leave no
+    token for the prompt counts whole, and the second value is False.
+    """
+    rows, length = tokens.shape
+    if attention_mask is None:
+        attended = torch.ones(rows, length, dtype=torch.bool, device=tokens.device)
+    elif attention_mask.dim() != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] < length:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)} for {rows} rows of {length} tokens; to find the "
+            f"prompt, T-REX needs a mask of shape (B, T) = {(rows, length)}."
+        )
+    else:
+        attended = attention_mask[:, -length:].to(tokens.device) > 0  # a mask that is longer covers a cache too
+    if labels is None or labels.shape != tokens.shape:
+        return attended, True
+    prompt = attended & (labels.to(tokens.device) == -100)
+    told = prompt.any(-1)
+    return torch.where(told[:, None], prompt, attended), bool(told.all())
+
+
+def pool(embeddings: Tensor, mask: Tensor) -> Tensor:
+    """Mean (B, d), float32, of the token embeddings (B, T, d) that `mask` (B, T) selects; zero for an empty row."""
+    weights = mask.to(torch.float32)
+    picked = embeddings.float().masked_fill(~mask[..., None], 0.0)
+    return picked.sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
+
+
+@dataclass(frozen=True)
+class ForwardPrior:
+    """The prior of one forward: for each active adapter the scores of every row, or None where they count as zero."""
+
+    scores: Mapping[str, Tensor | None]  # (B, K) each
+    rows: int  # B
+    lengths: frozenset[int] = field(default=frozenset())  # tokens in a row, to know flattened layer inputs by
+
+    def for_call(self, rows: int, lengths: frozenset[int]) -> ForwardPrior:
+        """The same prompts for a call of `rows` rows: beams and returned sequences stand beside each other."""
+        if rows == self.rows:
+            return replace(self, lengths=lengths)
+        if rows % self.rows:
+            raise ValueError(
+                f"The model was called with {rows} rows, but the prior was computed for {self.rows} prompts; expected "
+                "a multiple of that (beams, or several sequences for a prompt)."
+            )
+        times = rows // self.rows
+        scores = {
+            name: None if score is None else score.repeat_interleave(times, dim=0)
+            for name, score in self.scores.items()
+        }
+        return ForwardPrior(scores, rows, lengths)
+
+
+class PriorChannel:
+    """The one arrow from the model down to its layers: the prior of the forward that is running now.
+
+    A layer asks for its rows of it; outside of a forward there is none. Gradient checkpointing runs a layer again when
+    its forward is over, and perhaps another one in between: `run` gives such a call the prior it had the first time.
+    """
+
+    def __init__(self, priors: nn.ModuleDict) -> None:
+        self.priors = priors
+        self.current: ForwardPrior | None = None
+
+    def run(self, prior: ForwardPrior | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call `function` as part of the forward that `prior` belongs to."""
+        before, self.current = self.current, prior
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self.current = before
+
+    def fitted(self, adapter_name: str) -> bool:
+        return adapter_name in self.priors and self.priors[adapter_name].fitted  # type: ignore[return-value]
+
+    def mean_scores(self, adapter_name: str) -> Tensor | None:
+        """(K,), or None while the prior is not fitted."""
+        return self.priors[adapter_name].mean_scores if self.fitted(adapter_name) else None  # type: ignore[return-value]
+
+    def scores(self, adapter_name: str, x: Tensor) -> Tensor | None:
+        """Scores (B, K) or (1, K) that go with a layer's input `x` (B, ..., D_in); None counts as zero."""
+        if self.current is None:
+            if not self.fitted(adapter_name):
+                return None
+            raise RuntimeError(
+                "A T-REX layer ran outside of a forward of its model, so the prompt's prior is not known. Call the "
+                "model itself; if an activation checkpointing other than transformers' calls the layers again, use "
+                "model.gradient_checkpointing_enable() instead."
+            )
+        scores = self.current.scores.get(adapter_name)
+        if scores is None or scores.shape[0] in (1, x.shape[0]):
+            return scores
+        rows = scores.shape[0]
+        if x.dim() == 2 and any(x.shape[0] == rows * length for length in self.current.lengths):
+            return scores.repeat_interleave(x.shape[0] // rows, dim=0)  # (B * T, D_in), row by row
+        raise ValueError(
+            f"A T-REX layer got an input of shape {tuple(x.shape)} in a forward of {rows} prompts; it cannot tell "
+            "which prompt each row belongs to. Leave such modules (routed experts, for instance) out with "
+            "exclude_modules, or set use_prior=False."
+        )
+
+
+class CheckpointWithPrior:
+    """A checkpoint function (transformers' `_gradient_checkpointing_func`) whose second run sees the first's prior."""
+
+    def __init__(self, checkpoint: Callable[..., Any], channel: PriorChannel) -> None:
+        self.checkpoint = checkpoint
+        self.channel = channel
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        prior, channel = self.channel.current, self.channel
+
+        def rerun(*inner_args: Any, **inner_kwargs: Any) -> Any:
+            return channel.run(prior, function, *inner_args, **inner_kwargs)
+
+        return self.checkpoint(rerun, *args, **kwargs)

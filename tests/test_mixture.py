@@ -1,0 +1,184 @@
+"""The pure functions against the recorded runs of the authors' layer, and against their own definition."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from peft_trex.mixture import expert_weights, mean_delta_weight, num_experts, rank_one_mixture
+
+DATA = Path(__file__).parent / "data"
+CASES = json.loads((DATA / "index.json").read_text())
+
+
+def _loop_mixture(x, A, B, router, prior, omega_logit, gate_logit, token_scale, prior_scale, temperature, layout):
+    """The method token by token and expert by expert, in float64: slow, and hard to get wrong."""
+    r_a, r_b = A.shape[0], B.shape[1]
+    omega, gate = torch.sigmoid(temperature * omega_logit), torch.sigmoid(temperature * gate_logit)
+    y = torch.zeros(*x.shape[:2], B.shape[0], dtype=x.dtype)
+    for row in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            G = omega * token_scale * torch.softmax(router @ x[row, t], 0) + (1 - omega) * prior_scale * prior[row]
+            pairs = (
+                [(i, j) for i in range(r_a) for j in range(r_b)] if layout == "grid" else [(i, i) for i in range(r_a)]
+            )
+            for e, (i, j) in enumerate(pairs):
+                y[row, t] += gate[0] * G[e] * (A[i] @ x[row, t]) * B[:, j]
+    return y
+
+
+def _random_case(layout, r_a, r_b, rows=2, tokens=3, d_in=5, d_out=7, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    experts = num_experts(r_a, r_b, layout)
+
+    def draw(*shape, scale=1.0):
+        return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+    return {
+        "x": draw(rows, tokens, d_in),
+        "A": draw(r_a, d_in),
+        "B": draw(d_out, r_b),
+        "router": draw(experts, d_in),
+        "prior": draw(rows, experts),
+        "omega_logit": draw(1, scale=0.01),
+        "gate_logit": draw(1, scale=0.01),
+    }
+
+
+def _assert_same(found, recorded):
+    """Equal to 1e-5 of the tensor's largest element: gradients here reach 100 and more, and float32 holds 7 digits."""
+    torch.testing.assert_close(found, recorded, rtol=0, atol=1e-5 * max(1.0, recorded.abs().max().item()))
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
+def test_recorded_runs_of_the_authors_layer(case):
+    data = load_file(DATA / f"{case['name']}.safetensors")
+    names = {
+        "A": "lora_A.default.weight",
+        "B": "lora_B.default.weight",
+        "router": "router.weight",
+        "mapper": "rank1_flex_mapper.weight",
+        "omega": "omg.weight",
+        "gate": "binary_main_gate_weight.weight",
+    }
+    params = {key: data[f"param.{name}"].requires_grad_() for key, name in names.items() if f"param.{name}" in data}
+    x = data["x"].requires_grad_()
+    prior = None
+    if case["ablation"] != "intuition":
+        prior = data["score"] @ params["mapper"].T if case["mapping"] else data["score"]
+    router = params["router"] if case["ablation"] != "rank1" else None
+    y = torch.nn.functional.linear(x, data["param.weight"]) + rank_one_mixture(
+        x,
+        params["A"],
+        params["B"],
+        router,
+        prior,
+        params["omega"].reshape(1),
+        params["gate"].reshape(1),
+        token_scale=32.0,
+        layout="grid" if case["mode"] == "rank1_flex" else "paired",
+    )
+    _assert_same(y, data["y"])
+    y.backward(data["grad_y"])
+    _assert_same(x.grad, data["grad_x"])
+    assert {"A", "B", "omega", "gate"} <= set(params)
+    for key, parameter in params.items():
+        if key != "router" or router is not None:
+            _assert_same(parameter.grad, data[f"grad.{names[key]}"])
+
+
+@pytest.mark.parametrize(("layout", "r_a", "r_b"), [("grid", 2, 3), ("grid", 1, 1), ("grid", 4, 1), ("paired", 3, 3)])
+def test_equals_the_loop_over_experts(layout, r_a, r_b):
+    case = _random_case(layout, r_a, r_b)
+    settings = {"token_scale": 1.7, "prior_scale": 3.1, "temperature": 90.0, "layout": layout}
+    expected = _loop_mixture(**case, **settings)
+    torch.testing.assert_close(rank_one_mixture(**case, **settings), expected)
+
+
+@pytest.mark.parametrize("layout", ["grid", "paired"])
+def test_gradients_are_those_of_the_formula(layout):
+    case = _random_case(layout, 2, 2)
+    tensors = [tensor.requires_grad_() for tensor in case.values()]
+
+    def mixture(x, A, B, router, prior, omega_logit, gate_logit):
+        return rank_one_mixture(
+            x, A, B, router, prior, omega_logit, gate_logit, token_scale=2.0, temperature=5.0, layout=layout
+        )
+
+    assert torch.autograd.gradcheck(mixture, tensors)
+
+
+def test_token_prior_is_the_row_prior_repeated():
+    case = _random_case("grid", 2, 3)
+    by_row = rank_one_mixture(**case, token_scale=6.0)
+    case["prior"] = case["prior"][:, None, :].expand(-1, 3, -1)
+    torch.testing.assert_close(rank_one_mixture(**case, token_scale=6.0), by_row)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (4, 1, 5), (4, 2, 3, 5), (0, 3, 5)])
+def test_any_leading_axes(shape):
+    case = _random_case("grid", 2, 3)
+    case["x"] = torch.randn(shape, dtype=torch.float64)
+    case["prior"] = torch.randn(shape[0], 6, dtype=torch.float64)
+    y = rank_one_mixture(**case, token_scale=6.0)
+    assert y.shape == (*shape[:-1], 7)
+    for row in range(shape[0]):
+        single = {**case, "x": case["x"][row : row + 1], "prior": case["prior"][row : row + 1]}
+        torch.testing.assert_close(rank_one_mixture(**single, token_scale=6.0)[0], y[row])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_routes_in_float32(dtype):
+    case = _random_case("grid", 4, 8, d_in=64, d_out=48, tokens=33, seed=3)
+    exact = rank_one_mixture(**case, token_scale=32.0)
+    low = {key: tensor.to(dtype) for key, tensor in case.items()}
+    y = rank_one_mixture(**low, token_scale=32.0)
+    assert y.dtype == dtype
+    rounded = {key: tensor.double() for key, tensor in low.items()}
+    floor = (rank_one_mixture(**rounded, token_scale=32.0).to(dtype).double() - exact).norm()
+    assert (y.double() - exact).norm() <= 2 * floor
+    weights = expert_weights(low["x"], low["router"], low["prior"], low["omega_logit"], token_scale=32.0)
+    assert weights.dtype == torch.float32
+
+
+@pytest.mark.parametrize("layout", ["grid", "paired"])
+def test_mean_delta_weight_is_exact_without_a_router(layout):
+    case = _random_case(layout, 3, 3, rows=1)
+    case["router"] = None
+    settings = {"token_scale": 9.0, "prior_scale": 4.0, "temperature": 100.0, "layout": layout}
+    delta = mean_delta_weight(
+        case["A"], case["B"], case["prior"][0], case["omega_logit"], case["gate_logit"], use_router=False, **settings
+    )
+    torch.testing.assert_close(case["x"] @ delta.T, rank_one_mixture(**case, **settings))
+
+
+def test_mean_delta_weight_takes_a_uniform_router():
+    case = _random_case("grid", 2, 3, rows=1)
+    case["router"] = torch.zeros_like(case["router"])
+    delta = mean_delta_weight(
+        case["A"], case["B"], case["prior"][0], case["omega_logit"], case["gate_logit"], token_scale=6.0
+    )
+    torch.testing.assert_close(case["x"] @ delta.T, rank_one_mixture(**case, token_scale=6.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"A": torch.zeros(2, 4)}, "D_in = 5"),
+        ({"B": torch.zeros(7)}, r"\(D_out, r_b\)"),
+        ({"router": torch.zeros(5, 5)}, r"\(6, 5\)"),
+        ({"prior": torch.zeros(2, 5)}, "E = 6"),
+        ({"prior": torch.zeros(3, 6)}, "leading axes"),
+        ({"prior": torch.zeros(2, 4, 6)}, "leading axes"),
+        ({"prior": torch.zeros(6)}, "E = 6"),
+        ({"layout": "diagonal"}, "'grid' or 'paired'"),
+        ({"layout": "paired"}, "as many rows in A"),
+        ({"router": None, "prior": None}, "neither"),
+    ],
+)
+def test_refuses_what_does_not_fit(change, message):
+    case = {**_random_case("grid", 2, 3), "token_scale": 6.0, **change}
+    with pytest.raises(ValueError, match=message):
+        rank_one_mixture(**case)
