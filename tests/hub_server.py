@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -110,9 +110,9 @@ class Handler(BaseHTTPRequestHandler):
             return
         content = repo.files.get(file)
         if content is None:
-            self.refuse("EntryNotFound", f"{name} has no file {file}", **{"X-Repo-Commit": repo.commit})
+            self.refuse("EntryNotFound", f"{name} has no file {file}", headers={"X-Repo-Commit": repo.commit})
         else:
-            self.reply(content, ETag=f'"{blob_id(content)}"', **{"X-Repo-Commit": repo.commit})
+            self.reply(content, headers={"ETag": f'"{blob_id(content)}"', "X-Repo-Commit": repo.commit})
 
     def info(self, name: str, revision: str = "main") -> None:
         repo = self.find(name, revision)
@@ -140,16 +140,16 @@ class Handler(BaseHTTPRequestHandler):
             return repo
         return None
 
-    def refuse(self, code: str, message: str, status: int = 404, **headers: str) -> None:
+    def refuse(self, code: str, message: str, status: int = 404, headers: dict[str, str] | None = None) -> None:
         body = json.dumps({"error": message}).encode()
-        self.reply(body, status, **{"X-Error-Code": code, "X-Error-Message": message}, **headers)
+        self.reply(body, status, {"X-Error-Code": code, "X-Error-Message": message, **(headers or {})})
 
     def reply_json(self, value: Any) -> None:
-        self.reply(json.dumps(value).encode(), **{"Content-Type": "application/json"})
+        self.reply(json.dumps(value).encode(), headers={"Content-Type": "application/json"})
 
-    def reply(self, body: bytes, status: int = 200, **headers: str) -> None:
+    def reply(self, body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(len(body))}.items():
+        for key, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -161,7 +161,7 @@ class Handler(BaseHTTPRequestHandler):
 
 NAME = r"(?P<name>[^/]+/[^/]+)"
 REVISION = r"(?P<revision>[^/]+)"
-ROUTES = [
+ROUTES: list[tuple[tuple[str, ...], str, Callable[..., None]]] = [
     (("POST",), r"/api/repos/create", Handler.create),
     (("POST",), r"/api/validate-yaml", Handler.validate_yaml),
     (("POST",), rf"/api/models/{NAME}/preupload/{REVISION}", Handler.preupload),

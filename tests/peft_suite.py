@@ -152,13 +152,13 @@ def _download_sdist(release: str, folder: Path) -> Path:
             return found[0]
         errors.append(done.stderr.strip())
     raise RuntimeError(
-        f"The source distribution of PEFT {release}, which holds PEFT's own tests, could not be downloaded; pip said:\n"
-        + "\n".join(errors)
+        f"The source distribution of PEFT {release}, which holds PEFT's own tests, could not be downloaded. "
+        "pip said:\n" + "\n".join(errors)
     )
 
 
 def build_suite(tests: Path, folder: Path, seed: int = 0) -> Path:
-    """A runnable copy of PEFT's custom model tests below `folder`, with our rows in its tables; returns its package."""
+    """Copy PEFT's custom model tests to a package in `folder`, with our rows in their tables; returns the package."""
     package = folder / "peft_tests"
     package.mkdir(parents=True)
     for module in MODULES:
@@ -191,8 +191,8 @@ def _insert_after(text: str, line: str, addition: str) -> str:
     found = list(re.finditer(f"^{re.escape(line)}", text, flags=re.MULTILINE))
     if len(found) != 1:
         raise RuntimeError(
-            f"PEFT's {MODULES[0]} has the line {line.strip()!r} {len(found)} times, expected once; rows for TREX cannot "
-            f"be added to the tests of PEFT {version('peft')} this way, see tests/peft_suite.py."
+            f"PEFT's {MODULES[0]} has the line {line.strip()!r} {len(found)} times, expected once; rows for "
+            f"TREX cannot be added to the tests of PEFT {version('peft')} this way, see tests/peft_suite.py."
         )
     end = found[0].end()
     return text[:end] + addition + text[end:]

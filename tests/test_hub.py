@@ -182,13 +182,7 @@ def test_without_the_import_the_method_is_unknown(pushed: Pushed) -> None:
     "repo",
     [
         "me/from-folder",
-        pytest.param(
-            "me/adapter",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="transformers' push_to_hub writes its own template over the card that save_pretrained made",
-            ),
-        ),
+        "me/adapter",
     ],
 )
 def test_model_card(pushed: Pushed, repo: str) -> None:

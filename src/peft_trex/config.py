@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import PeftType, TaskType
+from peft.utils import PeftType
 
 from .hub import check_adapter_file, complete_model_card
 from .mixture import num_experts
@@ -201,7 +201,7 @@ class TRexConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save as every PEFT config; a model card that PEFT wrote beside it learns what loading the adapter needs."""
         super().save_pretrained(save_directory, **kwargs)
-        complete_model_card(save_directory, None if self.task_type is None else TaskType(self.task_type).value)
+        complete_model_card(save_directory, self.task_type)
 
     @classmethod
     def from_pretrained(

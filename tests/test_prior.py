@@ -1,0 +1,377 @@
+"""The semantic prior: which tokens are the prompt, what is clustered, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import PAD, adapted, batches, make_llama, make_t5, pad_to, prompts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import get_peft_model
+from torch import nn
+
+from peft_trex import TRexConfig, TRexPriorReport, initialize_trex_prior
+from peft_trex.prior import SemanticPrior, pool, prompt_mask
+
+
+def _prior(model, adapter_name="default"):
+    return model.base_model.trex_prior[adapter_name]
+
+
+def _scores(model, **inputs):
+    """The scores that a forward hands to the layers."""
+    seen = []
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    handle = layer.register_forward_pre_hook(
+        lambda layer, args: seen.append(layer._channel.scores("default", args[0]))
+    )
+    model(**inputs)
+    handle.remove()
+    return seen[0]
+
+
+def test_scores_are_cosines_to_the_centroids():
+    prior = SemanticPrior(3, 5)
+    assert not prior.fitted
+    centroids, mean, e = torch.randn(3, 5), torch.randn(5), torch.randn(4, 5)
+    prior.set(centroids, mean, torch.randn(3))
+    assert prior.fitted
+    expected = torch.nn.functional.cosine_similarity((e - mean)[:, None], centroids[None], dim=-1)
+    torch.testing.assert_close(prior.score(e), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(prior.score(e), expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 6), min_size=1, max_size=4),
+    sides=st.lists(st.sampled_from(["left", "right"]), min_size=4, max_size=4),
+    extra=st.integers(0, 4),
+    answers=st.lists(st.integers(0, 6), min_size=4, max_size=4),
+    labelled=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_pooling_takes_the_prompt_whatever_the_padding(lengths, sides, extra, answers, labelled, seed):
+    torch.manual_seed(seed)
+    table = torch.randn(20, 3)
+    width = max(1, *lengths) + extra
+    ids, masks, labels, expected, told = [], [], [], [], True
+    for length, side, answer in zip(lengths, sides, answers, strict=False):
+        row = torch.randint(1, 20, (length,))
+        padded, mask = pad_to(row, width, side)
+        label = torch.full((width,), -100)
+        positions = mask.nonzero().flatten()
+        answered = positions[len(positions) - min(answer, length) :]
+        label[answered] = padded[answered]
+        prompt = row[: length - min(answer, length)] if labelled else row
+        if labelled and length and not len(prompt):
+            prompt = row
+        if labelled and not len(row[: length - min(answer, length)]):
+            told = False
+        expected.append(table[prompt].mean(0) if len(prompt) else torch.zeros(3))
+        ids.append(padded)
+        masks.append(mask)
+        labels.append(label)
+    ids, masks, labels = torch.stack(ids), torch.stack(masks), torch.stack(labels)
+    mask, all_told = prompt_mask(ids, masks, labels if labelled else None)
+    torch.testing.assert_close(pool(table[ids], mask), torch.stack(expected))
+    assert all_told is told
+
+
+def test_labels_of_another_shape_say_nothing_of_the_prompt():
+    ids = torch.ones(2, 3, dtype=torch.long)
+    mask, told = prompt_mask(ids, None, torch.tensor([1, -100]))
+    assert mask.all() and told
+    with pytest.raises(ValueError, match=r"\(2, 3\)"):
+        prompt_mask(ids, torch.ones(2, 1, 3, 3), None)
+
+
+def test_fit_finds_the_groups_and_reports_them():
+    model = adapted(fit=False, num_clusters=4)
+    report = initialize_trex_prior(model, batches(200), progress=False)
+    assert isinstance(report, TRexPriorReport)
+    assert report.prompts == 200
+    assert sorted(report.cluster_sizes) == [50, 50, 50, 50]
+    assert 0.3 < report.explained_variance < 1
+    prior = _prior(model)
+    embedded = model.get_input_embeddings()(prompts(200)).mean(1)
+    torch.testing.assert_close(prior.mean, embedded.mean(0))
+    torch.testing.assert_close(prior.centroids.norm(dim=-1), torch.ones(4))
+    torch.testing.assert_close(prior.mean_scores, prior.score(embedded).mean(0), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(_scores(model, input_ids=prompts(3)), prior.score(embedded[:3]))
+
+
+def test_fit_depends_on_the_seed_alone_and_leaves_random_state_and_mode():
+    model = adapted(fit=False).train()
+    torch.manual_seed(7)
+    dataset = [{"input_ids": row} for row in prompts(64)]
+    loader = torch.utils.data.DataLoader(dataset, batch_size=8, shuffle=True)
+    state = torch.get_rng_state()
+    initialize_trex_prior(model, batches(64), seed=3, progress=False)
+    first = _prior(model).centroids.clone()
+    initialize_trex_prior(model, batches(64), seed=3, progress=False)
+    torch.testing.assert_close(_prior(model).centroids, first, rtol=0, atol=0)
+    initialize_trex_prior(model, loader, progress=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+
+
+def test_max_batches_and_iterable_data():
+    model = adapted(fit=False)
+    assert initialize_trex_prior(model, iter(batches(64)), max_batches=3, progress=False).prompts == 24
+    assert initialize_trex_prior(model, batches(64), max_batches=99, progress=False).prompts == 64
+
+
+def test_only_the_prompt_is_embedded_when_labels_mark_the_answer():
+    model = adapted()
+    ids = prompts(6)
+    changed = ids.clone()
+    changed[:, 5:] = 3
+    labels = torch.full_like(ids, -100)
+    labels[:, 5:] = 7
+    torch.testing.assert_close(
+        _scores(model, input_ids=ids, labels=labels), _scores(model, input_ids=changed, labels=labels)
+    )
+    torch.testing.assert_close(_scores(model, input_ids=ids, labels=labels), _scores(model, input_ids=ids[:, :5]))
+    assert not torch.allclose(_scores(model, input_ids=ids), _scores(model, input_ids=changed))
+
+
+def test_labels_without_a_prompt_take_the_whole_row_and_warn_once():
+    model = adapted()
+    ids = prompts(4)
+    with pytest.warns(UserWarning, match="without a prompt"):
+        scores = _scores(model, input_ids=ids, labels=ids)
+    torch.testing.assert_close(scores, _scores(model, input_ids=ids))
+    _scores(model, input_ids=ids, labels=ids)  # a second warning would be an error here
+
+
+def test_labels_mean_nothing_to_an_encoder():
+    model = adapted("t5")
+    ids = prompts(4)
+    same = torch.full_like(ids, -100)
+    same[:, 4:] = 5
+    seen = []
+    layer = model.base_model.model.encoder.block[0].layer[0].SelfAttention.q
+    layer.register_forward_pre_hook(lambda layer, args: seen.append(layer._channel.scores("default", args[0])))
+    model(input_ids=ids, labels=same)
+    model(input_ids=ids, labels=ids)
+    torch.testing.assert_close(seen[0], seen[1])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    side=st.sampled_from(["left", "right"]),
+    extra=st.integers(0, 3),
+    seed=st.integers(0, 99),
+)
+def test_a_row_does_not_depend_on_its_batch_or_its_padding(lengths, side, extra, seed):
+    model = MODEL
+    rows = [row[:length] for row, length in zip(prompts(len(lengths), seed=seed), lengths, strict=True)]
+    padded, masks = zip(*(pad_to(row, max(lengths) + extra, side) for row in rows), strict=True)
+    ids, mask = torch.stack(padded), torch.stack(masks)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    together = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    for index, row in enumerate(rows):
+        alone = model(input_ids=row[None]).logits[0]
+        torch.testing.assert_close(together[index][mask[index].bool()], alone, atol=1e-4, rtol=1e-4)
+
+
+MODEL = adapted()
+
+
+def test_inputs_embeds_give_the_same_prior_as_their_tokens():
+    model = adapted()
+    ids = prompts(3)
+    embeds = model.get_input_embeddings()(ids)
+    torch.testing.assert_close(model(inputs_embeds=embeds).logits, model(input_ids=ids).logits)
+
+
+def test_trained_embeddings_do_not_move_the_prior():
+    model = adapted(modules_to_save=["embed_tokens"])
+    ids = prompts(3)
+    before = _scores(model, input_ids=ids)
+    model.get_input_embeddings().modules_to_save["default"].weight.data.normal_()
+    torch.testing.assert_close(_scores(model, input_ids=ids), before)
+
+
+def test_an_all_padding_row_has_no_prior():
+    model = adapted()
+    ids = prompts(2)
+    mask = torch.ones_like(ids)
+    mask[1] = 0
+    scores = _scores(model, input_ids=ids, attention_mask=mask)
+    assert scores[0].any() and not scores[1].any()
+
+
+def test_unfitted_counts_as_zero_and_warns_once():
+    model = adapted(fit=False)
+    ids = prompts(3)
+    with pytest.warns(UserWarning, match=r"not fitted and counts as zero: call initialize_trex_prior"):
+        y = model(input_ids=ids).logits
+    model(input_ids=ids)  # a second warning would be an error here
+    initialize_trex_prior(model, batches(), progress=False)
+    assert not torch.allclose(model(input_ids=ids).logits, y)
+    for name, parameter in model.named_parameters():
+        if "trex_map" in name:
+            parameter.data.zero_()
+    torch.testing.assert_close(model(input_ids=ids).logits, y)
+
+
+def test_a_model_without_tokens_says_so():
+    model = get_peft_model(nn.Sequential(nn.Linear(3, 3)), TRexConfig(target_modules=["0"]))
+    with pytest.warns(UserWarning, match="no token embedding"):
+        model(torch.randn(2, 3))
+    with pytest.raises(ValueError, match="no token embedding"):
+        initialize_trex_prior(model, batches(), progress=False)
+
+
+def test_several_adapters_have_a_prior_each():
+    model = adapted()
+    ids = prompts(3)
+    alone = model(input_ids=ids).logits
+    model.add_adapter("other", TRexConfig(r_a=1, r_b=2, num_clusters=3, task_type="CAUSAL_LM", init_weights=False))
+    initialize_trex_prior(model, batches(seed=5), adapter_name="other", progress=False)
+    assert _prior(model, "other").centroids.shape == (3, 32)
+    torch.testing.assert_close(model(input_ids=ids).logits, alone, rtol=0, atol=0)
+    model.set_adapter("other")
+    assert not torch.allclose(model(input_ids=ids).logits, alone)
+    model.base_model.set_adapter(["default", "other"])
+    model(input_ids=ids)
+    model.delete_adapter("other")
+    assert list(model.base_model.trex_prior) == ["default"]
+    torch.testing.assert_close(model(input_ids=ids).logits, alone, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"adapter_name": "absent"}, ValueError, r"no adapter 'absent'; the model has \['default'\]"),
+        ({"max_batches": 0}, ValueError, "max_batches=0"),
+        ({"max_batches": 1.5}, ValueError, "max_batches=1.5"),
+        ({"dataloader": []}, ValueError, "no batch"),
+        ({"dataloader": [torch.ones(2, 3)]}, TypeError, "Tensor; expected a mapping"),
+        ({"dataloader": [{"pixel_values": torch.ones(2, 3)}]}, ValueError, "pixel_values"),
+        ({"dataloader": None}, ValueError, "give a dataloader"),
+        ({"embeddings": torch.zeros(9, 32)}, ValueError, "a dataloader and no embeddings"),
+        ({"dataloader": batches(3)}, ValueError, "num_clusters=4 is more than the 3 distinct prompts among the 3"),
+        ({"dataloader": [{"input_ids": prompts(2).repeat(20, 1)}]}, ValueError, "2 distinct prompts among the 40"),
+    ],
+)
+def test_fit_refuses_and_leaves_the_adapter_as_it_was(change, error, message):
+    model = adapted()
+    before = {name: tensor.clone() for name, tensor in _prior(model).state_dict().items()}
+    with pytest.raises(error, match=message):
+        initialize_trex_prior(model, **{"dataloader": batches(), "progress": False, **change})
+    for name, tensor in _prior(model).state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+
+
+def test_an_interrupted_fit_leaves_the_adapter_as_it_was():
+    model = adapted(fit=False)
+
+    def interrupted():
+        yield from batches(16)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        initialize_trex_prior(model, interrupted(), progress=False)
+    assert not _prior(model).fitted
+
+
+def test_fit_refuses_nan_a_plain_model_and_a_merged_one():
+    with pytest.raises(ValueError, match="has no T-REX adapter"):
+        initialize_trex_prior(make_llama(), batches(), progress=False)
+    with pytest.raises(TypeError, match="model is a str"):
+        initialize_trex_prior("model", batches(), progress=False)
+    model = adapted()
+    model.get_input_embeddings().weight.data[5] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        initialize_trex_prior(model, [{"input_ids": torch.full((8, 3), 5)}], progress=False)
+    model = adapted()
+    with pytest.warns(UserWarning, match="approximately"):
+        model.merge_adapter()
+    with pytest.raises(ValueError, match="merged"):
+        initialize_trex_prior(model, batches(), progress=False)
+    with pytest.raises(ValueError, match="use_prior=False"):
+        initialize_trex_prior(adapted(fit=False, use_prior=False), batches(), progress=False)
+
+
+def _external(fit=True, **kwargs):
+    model = adapted(fit=False, prior_encoder="external", prior_dim=5, **kwargs)
+    if fit:
+        embeddings = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+        initialize_trex_prior(model, embeddings=embeddings, progress=False)
+    return model
+
+
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])
+def test_external_embeddings_reach_forward_and_generate(task_type):
+    model = _external(task_type=task_type)
+    ids, e = prompts(3), torch.randn(3, 5)
+    y = model(input_ids=ids, semantic_embeds=e).logits
+    torch.testing.assert_close(_scores(model, input_ids=ids, semantic_embeds=e), _prior(model).score(e))
+    assert not torch.allclose(model(input_ids=ids, semantic_embeds=-e).logits, y)
+    batch = model.generate(input_ids=ids, semantic_embeds=e, max_new_tokens=6, do_sample=False)
+    beams = model.generate(input_ids=ids, semantic_embeds=e, max_new_tokens=6, num_beams=3, do_sample=False)
+    for row in range(3):
+        single = {"input_ids": ids[row : row + 1], "semantic_embeds": e[row : row + 1], "do_sample": False}
+        assert torch.equal(model.generate(**single, max_new_tokens=6)[0], batch[row])
+        assert torch.equal(model.generate(**single, max_new_tokens=6, num_beams=3)[0], beams[row])
+    with model.disable_adapter():  # the argument is not the base model's, and must not reach it
+        model(input_ids=ids, semantic_embeds=e)
+        model.generate(input_ids=ids, semantic_embeds=e, max_new_tokens=2)
+
+
+def test_external_embeddings_as_arrays_fit_alike():
+    embeddings = torch.randn(40, 5)
+    fits = []
+    for given_as in (embeddings, embeddings.numpy(), embeddings.double().numpy()):
+        model = _external(fit=False)
+        report = initialize_trex_prior(model, embeddings=given_as, progress=False)
+        assert report.prompts == 40
+        fits.append(_prior(model).centroids)
+    torch.testing.assert_close(fits[0], fits[1], rtol=0, atol=0)
+    torch.testing.assert_close(fits[0], fits[2])
+
+
+@pytest.mark.parametrize(
+    ("embeds", "error", "message"),
+    [
+        (None, ValueError, "semantic_embeds is missing.*prior_encoder='external'"),
+        (torch.zeros(3, 4), ValueError, r"shape \(3, 4\); expected .*\(3, 5\)"),
+        (torch.zeros(2, 5), ValueError, r"shape \(2, 5\); expected .*\(3, 5\)"),
+        (torch.zeros(5), ValueError, r"shape \(5,\)"),
+        (np.zeros((3, 5)), TypeError, "ndarray"),
+        (torch.full((3, 5), float("nan")), ValueError, "NaN"),
+    ],
+)
+def test_wrong_external_embeddings_are_refused(embeds, error, message):
+    model = _external()
+    for call in (model, model.generate):
+        with pytest.raises(error, match=message):
+            call(input_ids=prompts(3), semantic_embeds=embeds)
+    e = torch.randn(3, 5)  # and the model works on as before
+    torch.testing.assert_close(
+        model(input_ids=prompts(3), semantic_embeds=e).logits, model(input_ids=prompts(3), semantic_embeds=e).logits
+    )
+
+
+def test_external_embeddings_are_refused_where_they_are_not_used():
+    with pytest.raises(ValueError, match="compute the prior from the input embeddings"):
+        adapted()(input_ids=prompts(3), semantic_embeds=torch.zeros(3, 5))
+    with pytest.raises(TypeError, match="list"):
+        initialize_trex_prior(_external(fit=False), embeddings=[[0.0] * 5], progress=False)
+    with pytest.raises(ValueError, match=r"shape \(9, 4\)"):
+        initialize_trex_prior(_external(fit=False), embeddings=torch.zeros(9, 4), progress=False)
+    with pytest.raises(ValueError, match="no dataloader"):
+        initialize_trex_prior(_external(fit=False), batches(), progress=False)
+
+
+def test_t5_prior_is_the_encoders_prompt():
+    model = adapted("t5", base=make_t5())
+    ids = prompts(3)
+    padded, mask = zip(*(pad_to(row, 12, "right") for row in ids), strict=True)
+    y = model(input_ids=ids, decoder_input_ids=ids[:, :4]).logits
+    other = model(input_ids=torch.stack(padded), attention_mask=torch.stack(mask), decoder_input_ids=ids[:, :4]).logits
+    torch.testing.assert_close(y, other, atol=1e-4, rtol=1e-4)
+    assert PAD == 0

@@ -1,0 +1,145 @@
+"""Training with transformers' Trainer: the callback fits the prior, the loss falls, resuming changes nothing."""
+
+import json
+
+import pytest
+import torch
+from conftest import PAD, adapted, make_llama, prompts
+from peft import PeftModel, get_peft_model
+from transformers import Trainer, TrainingArguments
+
+from peft_trex import TRexConfig, TRexPriorCallback
+
+SETTINGS = {"r_a": 2, "r_b": 3, "num_clusters": 4, "task_type": "CAUSAL_LM"}
+
+
+class Pad:
+    """The collator's idea of a tokenizer: it pads on the right."""
+
+    padding_side = "right"
+
+    def __call__(self, features):
+        width = max(len(feature["input_ids"]) for feature in features)
+        fill = {"input_ids": PAD, "attention_mask": 0, "labels": -100}
+        return {
+            key: torch.tensor([feature[key] + [fill[key]] * (width - len(feature[key])) for feature in features])
+            for key in fill
+        }
+
+
+def _data(count=64):
+    """Each group of prompts has an answer of its own, which the adapter can learn."""
+    rows = []
+    for index, ids in enumerate(prompts(count).tolist()):
+        prompt, answer = ids[: 5 + index % 4], [10 + index % 4] * 2
+        rows.append(
+            {
+                "input_ids": prompt + answer,
+                "attention_mask": [1] * (len(prompt) + 2),
+                "labels": [-100] * len(prompt) + answer,
+            }
+        )
+    return rows
+
+
+def _trainer(model, folder, steps, callbacks=(), **kwargs):
+    settings = {
+        "max_steps": steps,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "seed": 0,
+    }
+    return Trainer(
+        model=model,
+        args=TrainingArguments(str(folder), **{**settings, **kwargs}),
+        train_dataset=_data(),
+        data_collator=Pad(),
+        callbacks=list(callbacks),
+    )
+
+
+def _losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def _fresh(seed=0):
+    torch.manual_seed(seed)
+    return get_peft_model(make_llama(), TRexConfig(**SETTINGS))
+
+
+def test_callback_fits_and_training_learns(tmp_path):
+    model = _fresh()
+    trainer = _trainer(model, tmp_path, 30, [TRexPriorCallback(progress=False)])
+    trainer.train()
+    assert model.base_model.trex_prior["default"].fitted
+    losses = _losses(trainer)
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+def test_callback_keeps_a_prior_that_is_there(tmp_path):
+    model = adapted()
+    before = model.base_model.trex_prior["default"].centroids.clone()
+    _trainer(model, tmp_path, 1, [TRexPriorCallback(progress=False)]).train()
+    torch.testing.assert_close(model.base_model.trex_prior["default"].centroids, before, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
+    unbroken = _trainer(_fresh(), tmp_path / "a", 8, [TRexPriorCallback(progress=False)])
+    unbroken.train()
+    _trainer(
+        _fresh(), tmp_path / "b", 4, [TRexPriorCallback(progress=False)], save_strategy="steps", save_steps=4
+    ).train()
+    # another start, so that only what the checkpoint holds can make the two runs equal
+    resumed = _trainer(_fresh(seed=9), tmp_path / "b", 8, [TRexPriorCallback(seed=123, progress=False)])
+    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-4"))
+    torch.testing.assert_close(_losses(resumed)[-4:], _losses(unbroken)[-4:])
+    first, second = (trainer.model.base_model.trex_prior["default"].centroids for trainer in (unbroken, resumed))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_callback_does_not_fit_in_the_middle_of_a_run(tmp_path):
+    model = _fresh()
+    callback = TRexPriorCallback(progress=False)
+    trainer = _trainer(model, tmp_path, 4)
+    trainer.state.global_step = 3
+    callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=model, train_dataloader=[])
+    assert not model.base_model.trex_prior["default"].fitted
+
+
+@pytest.mark.filterwarnings("ignore:The semantic prior:UserWarning")
+def test_callback_names_what_it_cannot_do(tmp_path):
+    with pytest.raises(ValueError, match="has no T-REX adapter"):
+        _trainer(make_llama(), tmp_path, 1, [TRexPriorCallback(progress=False)]).train()
+    external = get_peft_model(make_llama(), TRexConfig(**SETTINGS, prior_encoder="external", prior_dim=5))
+    with pytest.raises(ValueError, match="embeddings="):
+        _trainer(external, tmp_path, 1, [TRexPriorCallback(progress=False)]).train()
+
+
+def test_gradient_checkpointing_and_accumulation_train_alike(tmp_path):
+    plain = _trainer(adapted(), tmp_path, 3)
+    plain.train()
+    for settings in (
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+    ):
+        other = _trainer(adapted(), tmp_path, 3, **settings)
+        other.train()
+        torch.testing.assert_close(_losses(other), _losses(plain), atol=2e-4, rtol=1e-3)
+
+
+def test_checkpoint_folder_is_a_loadable_adapter(tmp_path):
+    model = _fresh()
+    _trainer(model, tmp_path, 2, [TRexPriorCallback(progress=False)], save_strategy="steps", save_steps=2).train()
+    folder = tmp_path / "checkpoint-2"
+    assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "TREX"
+    loaded = PeftModel.from_pretrained(make_llama(), folder)
+    ids = prompts(3)
+    torch.testing.assert_close(loaded.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
