@@ -11,6 +11,9 @@ WORDS = (
     "apple river stone cloud tiger green music paper light house train bread chair water plant glass table horse "
     "sugar night field ocean brush candle garden window silver bridge forest pencil rabbit winter summer orange"
 ).split()
+NAMES = (
+    "Anna Ben Clara David Emma Frank Grace Henry Iris Jack Karen Leo Maria Noah Olga Paul Rosa Sam Tina Victor".split()
+)
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 MONTHS = (
     "January February March April May June July August September October November December"
@@ -51,9 +54,10 @@ def _add(rng: random.Random) -> tuple[str, str]:
     return f"What is {first} plus {second}?", str(first + second)
 
 
-def _day_after(rng: random.Random) -> tuple[str, str]:
-    day, ahead = rng.randrange(7), rng.randint(1, 3)
-    return f"Today is {DAYS[day]}. Which day is it in {ahead} days?", DAYS[(day + ahead) % 7]
+def _weekday(rng: random.Random) -> tuple[str, str]:
+    name, day, nights = rng.choice(NAMES), rng.randrange(7), rng.randint(1, 3)
+    prompt = f"{name} arrives on {DAYS[day]} and stays for {nights} nights. On which day does {name} leave?"
+    return prompt, DAYS[(day + nights) % 7]
 
 
 def _date(rng: random.Random) -> tuple[str, str]:
@@ -68,7 +72,7 @@ TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
     "count": _count,
     "larger": _larger,
     "add": _add,
-    "day after": _day_after,
+    "weekday": _weekday,
     "date": _date,
 }
 
@@ -76,7 +80,8 @@ TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
 def generate(train: int, test: int, seed: int = 0) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """Rows of task, prompt and answer: `train` and `test` of each task, no test prompt among the training prompts.
 
-    A task that has too few different prompts (the day after: 21) gives a quarter of them to the test set.
+    A task that has too few different prompts (a few dozen words to write in capitals) gives a quarter of them to the
+    test set and repeats the others.
     """
     rng = random.Random(seed)
     parts: tuple[list[dict[str, str]], list[dict[str, str]]] = ([], [])

@@ -1,0 +1,131 @@
+"""The demo, from its first line to its last, on a tiny model; and the tasks it generates."""
+
+import json
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+import pytest
+from conftest import make_llama
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+from tasks import MONTHS, TASKS, WORDS, generate, load  # noqa: E402
+
+
+def _save_tiny_model(folder):
+    """A Llama that reads bytes."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate(["<pad>", "<s>", "</s>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=128
+    )
+    fast.save_pretrained(folder)
+    make_llama(vocab_size=len(vocabulary), eos_token_id=2, max_position_embeddings=256).save_pretrained(folder)
+
+
+def _quickstart(*arguments):
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / "quickstart.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    _save_tiny_model(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_quickstart_runs_through(tmp_path, tiny_model):
+    result = _quickstart("--model", tiny_model, "--steps", 3, "--test", 2, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for words in (
+        "8 tasks, 4800 training rows, 16 held-out prompts",
+        "32 clusters",
+        "bitwise equal",
+        "KL(adapter || merged) = ",
+        "mean ",
+    ):
+        assert words in result.stdout, result.stdout
+    for task in TASKS:
+        assert f"\n{task} " in result.stdout
+    assert (tmp_path / "experts.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
+
+
+@pytest.mark.slow
+def test_a_changed_adapter_is_noticed_when_it_is_reloaded(tmp_path, tiny_model):
+    assert _quickstart("--model", tiny_model, "--steps", 2, "--test", 1, "--out", tmp_path).returncode == 0
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if "trex_B" in key)
+    tensors[key] += 1e-3
+    save_file(tensors, file)
+    result = _quickstart("--model", tiny_model, "--out", tmp_path, "--reload")
+    assert result.returncode != 0
+    assert "reloaded adapter differs" in result.stderr
+
+
+def test_data_of_ones_own(tmp_path):
+    file = tmp_path / "data.jsonl"
+    rows = [{"task": f"t{i % 3}", "prompt": f"prompt {i // 2}", "answer": str(i)} for i in range(60)]
+    file.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    train, test = load(file)
+    assert len(train) + 2 * len(test) == 60 and test
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
+    for bad, words in (
+        ('{"task": "a", "prompt": "b"}', "line 1: expected a JSON object with task, prompt and answer"),
+        ("no json", "line 1"),
+        ("[1]", "line 1"),
+        (json.dumps(rows[0]), "1 different prompts, too few"),
+        ("", "0 different prompts"),
+    ):
+        file.write_text(bad)
+        with pytest.raises(SystemExit, match=words):
+            load(file)
+
+
+def test_generated_tasks_are_right_and_held_out():
+    train, test = generate(50, 8, seed=3)
+    assert len(TASKS) >= 6
+    assert {row["task"] for row in train} == {row["task"] for row in test} == set(TASKS)
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
+    assert generate(50, 8, seed=3) == (train, test) != generate(50, 8, seed=4)
+    for row in train + test:
+        assert _solve(row["task"], row["prompt"]) == row["answer"], row
+
+
+def _solve(task, prompt):
+    """Each task once more, from the text of its prompt."""
+    words = prompt.replace("?", "").replace(".", "").replace(",", "").split()
+    listed = [word for word in words if word in WORDS]
+    numbers = [int(word) for word in words if word.isdigit()]
+    if task == "last word":
+        return words[-1]
+    if task == "reverse":
+        return " ".join(words[:-4:-1])
+    if task == "capitals":
+        return listed[0].upper()
+    if task == "count":
+        return str(len(prompt.partition(": ")[2].split()))
+    if task == "larger":
+        return str(max(numbers))
+    if task == "add":
+        return str(sum(numbers))
+    if task == "weekday":
+        weekdays = {date(2024, 1, day).strftime("%A"): day for day in range(1, 8)}
+        return date(2024, 1, weekdays[words[3]] + numbers[0]).strftime("%A")
+    return date(numbers[1], MONTHS.index(words[4]) + 1, numbers[0]).isoformat()
