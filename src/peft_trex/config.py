@@ -199,9 +199,11 @@ class TRexConfig(PeftConfig):
             raise ValueError(f"layers_pattern={self.layers_pattern!r} has no use without layers_to_transform.")
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save as every PEFT config; a model card that PEFT wrote beside it learns what loading the adapter needs."""
+        """Save as every PEFT config; with a model, the card that PEFT wrote learns what loading the adapter needs."""
+        with_model = "auto_mapping_dict" in kwargs  # PEFT's own call, after it wrote the card
         super().save_pretrained(save_directory, **kwargs)
-        complete_model_card(save_directory, self.task_type)
+        if with_model:
+            complete_model_card(save_directory, self.task_type)
 
     @classmethod
     def from_pretrained(

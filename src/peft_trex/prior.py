@@ -161,9 +161,12 @@ class PriorChannel:
                 "model.gradient_checkpointing_enable() instead."
             )
         scores = self.current.scores.get(adapter_name)
-        if scores is None or scores.shape[0] in (1, x.shape[0]):
-            return scores
+        if scores is None:
+            return None
+        scores = scores.to(x.device)  # which is another one in a model that is spread over several
         rows = scores.shape[0]
+        if rows in (1, x.shape[0]):
+            return scores
         if x.dim() == 2 and any(x.shape[0] == rows * length for length in self.current.lengths):
             return scores.repeat_interleave(x.shape[0] // rows, dim=0)  # (B * T, D_in), row by row
         raise ValueError(
