@@ -121,8 +121,9 @@ def test_max_batches_and_iterable_data():
     assert initialize_trex_prior(model, batches(64), max_batches=99, progress=False).prompts == 64
 
 
-def test_only_the_prompt_is_embedded_when_labels_mark_the_answer():
-    model = adapted()
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])
+def test_only_the_prompt_is_embedded_when_labels_mark_the_answer(task_type):
+    model = adapted(task_type=task_type)
     ids = prompts(6)
     changed = ids.clone()
     changed[:, 5:] = 3
@@ -144,8 +145,9 @@ def test_labels_without_a_prompt_take_the_whole_row_and_warn_once():
     _scores(model, input_ids=ids, labels=ids)  # a second warning would be an error here
 
 
-def test_labels_mean_nothing_to_an_encoder():
-    model = adapted("t5")
+@pytest.mark.parametrize("task_type", ["SEQ_2_SEQ_LM", None])
+def test_labels_mean_nothing_to_an_encoder(task_type):
+    model = adapted("t5", task_type=task_type)
     ids = prompts(4)
     same = torch.full_like(ids, -100)
     same[:, 4:] = 5
