@@ -193,8 +193,8 @@ def test_a_failed_forward_leaves_no_prior_behind():
         model(input_ids=torch.full((2, 3), 10_000))
     with pytest.raises(Exception, match=r".*"):
         model.generate(input_ids=prompts(2), max_new_tokens=-1)
-    watch = model.base_model.prompts
-    assert watch.channel.current is None and watch._owner is None and watch._generation is None
+    running = model.base_model.prompts.channel.running
+    assert running.prior is None and running.owner is None and running.generation is None
     model(input_ids=prompts(3))
 
 

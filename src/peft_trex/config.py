@@ -112,9 +112,9 @@ class TRexConfig(PeftConfig):
                 "TRexConfig is not the configuration that PEFT knows for the method TREX: either this release of PEFT "
                 "brings its own, which is then the one to use, or peft_trex was imported twice; restart Python."
             )
-        if isinstance(self.target_modules, list):
+        if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
-        if isinstance(self.exclude_modules, list):
+        if isinstance(self.exclude_modules, (list, tuple)):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         self._check_values()
         self._check_combinations()

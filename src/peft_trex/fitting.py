@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ def initialize_trex_prior(
 
     Args:
         model: a model with a T-REX adapter, as `get_peft_model` returns it.
-        dataloader: batches as the model's forward takes them, read once. The random state is left as it was.
+        dataloader: batches as the model's forward takes them, read once. torch's random state is left as it was.
         adapter_name: the adapter to fit.
         max_batches: stop after this many batches; None reads all.
         seed: of the clustering.
@@ -176,14 +177,15 @@ def _embed_all(
     tuner: TRexModel, dataloader: Iterable[Mapping[str, Any]], max_batches: int | None, progress: bool
 ) -> np.ndarray:
     """Embeddings (N, d), float32, of all prompts that have any token."""
-    total = len(dataloader) if isinstance(dataloader, Sized) else None
+    try:
+        total: int | None = len(dataloader)  # type: ignore[arg-type]
+    except TypeError:  # a stream, also one in a DataLoader
+        total = None
     if max_batches is not None:
         total = max_batches if total is None else min(total, max_batches)
     gathered = []
     with torch.random.fork_rng(devices=[]), tqdm(total=total, desc="T-REX prior", disable=not progress) as bar:
-        for index, batch in enumerate(dataloader):
-            if index == max_batches:
-                break
+        for batch in islice(dataloader, max_batches):
             if not isinstance(batch, Mapping):
                 raise TypeError(
                     f"The dataloader gave a {type(batch).__name__}; expected a mapping such as {{'input_ids': ...}}."
@@ -212,6 +214,8 @@ def _fit(prior: SemanticPrior, embeddings: np.ndarray, seed: int) -> TRexPriorRe
             f"num_clusters={clusters} is more than the {distinct} distinct prompts among the {len(unit)} that were "
             "seen. Give more prompts, or build the adapter with fewer clusters."
         )
+    if not unit.any():
+        raise ValueError(f"All {len(unit)} prompts have the same embedding, so there is nothing to cluster.")
     kmeans = MiniBatchKMeans(clusters, init="k-means++", n_init=3, batch_size=4096, random_state=seed).fit(unit)
     sizes = np.bincount(kmeans.labels_, minlength=clusters)
     between = 1 - ((unit - kmeans.cluster_centers_[kmeans.labels_]) ** 2).sum() / ((unit - unit.mean(0)) ** 2).sum()

@@ -88,6 +88,11 @@ class TRexLayer(BaseTunerLayer):
         nn.init.zeros_(self.trex_omega[adapter_name])
         nn.init.zeros_(self.trex_gate[adapter_name])
 
+    def adopt(self, channel: PriorChannel) -> nn.ModuleDict:
+        """Read from another channel from now on; the priors of the former one are returned."""
+        former, self._channel = self._channel.priors, channel
+        return former
+
     def _prior(self, adapter_name: str, scores: Tensor | None) -> Tensor | None:
         """Prior of each expert (..., E) from the scores of the clusters (..., K); None where it has no part."""
         if not self.trex_uses_prior[adapter_name]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TaskType
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -17,6 +19,9 @@ from .config import TRexConfig
 from .layer import Linear, TRexLayer
 from .prior import PriorChannel, SemanticPrior
 from .prompts import PromptWatch
+
+# heads that PEFT adds to modules_to_save only after it has looked for linear layers
+HEADS = {TaskType.TOKEN_CLS: ("classifier", "score"), TaskType.QUESTION_ANS: ("qa_outputs",)}
 
 
 class TRexModel(BaseTuner):
@@ -46,17 +51,27 @@ class TRexModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.trex_prior = nn.ModuleDict()
         self.prompts = PromptWatch(self, PriorChannel(self.trex_prior))
+        for layer in model.modules():  # of a tuner that was here before: its adapters go on under this one
+            if isinstance(layer, TRexLayer):
+                self.trex_prior.update(dict(layer.adopt(self.prompts.channel).items()))
         self.register_load_state_dict_pre_hook(_explain_wrong_shapes)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> PeftConfig:
         # the paper adapts all linear layers, whatever the architecture, so there is no table of model types
         if peft_config.target_modules is None:
             peft_config.target_modules = "all-linear"
+        if peft_config.target_modules == "all-linear":
+            heads = [name for name in HEADS.get(peft_config.task_type, ()) if hasattr(self.model, name)]
+            if heads and isinstance(peft_config.exclude_modules, str):
+                peft_config.exclude_modules = f"{peft_config.exclude_modules}|{'|'.join(heads)}"
+            elif heads:  # PEFT trains them in full, but would find them among the linear layers too
+                peft_config.exclude_modules = {*(peft_config.exclude_modules or ()), *heads}
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # a prior belongs to the model; its layers, which are built here, find it through the channel
         config, embedding = self.config_of(adapter_name), self.input_embedding()
+        self._forget_prior(adapter_name)
         dim = config.prior_dim if embedding is None or config.prior_dim else embedding.embedding_dim
         if config.use_prior and dim is not None:
             prior = SemanticPrior(config.num_clusters, dim)
@@ -67,6 +82,8 @@ class TRexModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             self._forget_prior(adapter_name)
+            if set(self.peft_config) <= {adapter_name}:  # a base model that is tried again must not keep half of it
+                super()._unload_and_optionally_merge(merge=False)
             raise
         self.prompts.attach()
 
@@ -84,15 +101,23 @@ class TRexModel(BaseTuner):
             target.update_layer(adapter_name, peft_config)
             return
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not isinstance(base_layer, (nn.Linear, Conv1D)):
+        if not isinstance(base_layer, (nn.Linear, Conv1D)) or not base_layer.weight.is_floating_point():
             raise ValueError(
                 f"The target module {current_key} is a {type(base_layer).__name__}; T-REX adapts torch.nn.Linear and "
-                "transformers' Conv1D. Name such layers in target_modules, or leave this one out with exclude_modules."
+                "transformers' Conv1D with floating-point weights. Name such layers in target_modules, or leave this "
+                "one out with exclude_modules."
             )
         new_module = Linear(target, adapter_name, peft_config, self.prompts.channel)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT looks for the weight of what it unwraps, which a module that was trained in full need not have
+        if isinstance(child, AuxiliaryTrainingWrapper):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def delete_adapter(self, adapter_name: str) -> None:
         # the layers' own clean-up does not reach what belongs to the model
@@ -130,18 +155,17 @@ class TRexModel(BaseTuner):
     ) -> dict[str, Tensor]:
         # PEFT loads without strictness: what a damaged or foreign file lacks would stay at its random start in silence
         loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        own = {
-            key
-            for key in model.state_dict()
-            if f".{cls.prefix}" in key and (key.endswith(f".{adapter_name}") or f".{adapter_name}." in key)
-        }
+        # an adapter may be called like a part of a module's name, so that only its place in the key tells
+        own_key = re.compile(rf"\.{cls.prefix}\w+\.{re.escape(adapter_name)}(\.\w+)?$")
+        own = {key for key in model.state_dict() if own_key.search(key)}
         given = {key for key in loaded if f".{cls.prefix}" in key}
         for what, keys in (("lacks", sorted(own - given)), ("holds unknown", sorted(given - own))):
             if keys:
                 raise ValueError(
                     f"The adapter file {what} {len(keys)} T-REX tensors, such as {keys[0]}; the adapter has "
                     f"{len(own)}. The file is damaged or was saved for another base model or configuration: restore "
-                    "it, or load it onto the model that its adapter_config.json names."
+                    "it, or load it onto the model that its adapter_config.json names. delete_adapter"
+                    f"({adapter_name!r}) removes what was made for it."
                 )
         return loaded
 

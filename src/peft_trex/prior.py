@@ -5,6 +5,7 @@ Axis legend: B prompts of a batch, T tokens, d width of the embedding, K cluster
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -69,19 +70,27 @@ def _forget_fitted(module: nn.Module, *_: Any) -> None:
     module._fitted = None  # type: ignore[assignment]
 
 
-def prompt_mask(tokens: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> tuple[Tensor, bool]:
+def prompt_mask(tokens: Tensor, attention_mask: Any, labels: Any) -> tuple[Tensor, bool]:
     """Which of the tokens (B, T) belong to the prompt: (B, T) bool, and whether every row's labels told.
 
     Those attended to and, where `labels` of the same shape are given, with label -100. A row whose labels leave no
     token for the prompt counts whole, and the second value is False.
     """
+    if tokens.dim() != 2:
+        raise ValueError(f"The input has the axes {tuple(tokens.shape)}; T-REX finds prompts in (B, T) tokens only.")
     rows, length = tokens.shape
     if attention_mask is None:
         attended = torch.ones(rows, length, dtype=torch.bool, device=tokens.device)
-    elif attention_mask.dim() != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] < length:
+    elif (
+        not isinstance(attention_mask, Tensor)
+        or attention_mask.dim() != 2
+        or attention_mask.shape[0] != rows
+        or attention_mask.shape[1] < length
+    ):
+        shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)} for {rows} rows of {length} tokens; to find the "
-            f"prompt, T-REX needs a mask of shape (B, T) = {(rows, length)}."
+            f"attention_mask is {shape} for {rows} rows of {length} tokens; to find the prompt, T-REX needs a mask of "
+            f"shape (B, T) = {(rows, length)}."
         )
     else:
         attended = attention_mask[:, -length:].to(tokens.device) > 0  # a mask that is longer covers a cache too
@@ -124,6 +133,20 @@ class ForwardPrior:
         return ForwardPrior(scores, rows, lengths)
 
 
+class _Running(threading.local):
+    """What runs now, in each thread by itself: servers call one model from several. A copy starts with nothing."""
+
+    prior: ForwardPrior | None = None  # of the forward
+    owner: nn.Module | None = None  # the module whose forward it is
+    generation: ForwardPrior | None = None  # of the generate call around it
+
+    def __deepcopy__(self, memo: Any) -> _Running:
+        return _Running()
+
+    def __reduce__(self) -> Any:
+        return _Running, ()
+
+
 class PriorChannel:
     """The one arrow from the model down to its layers: the prior of the forward that is running now.
 
@@ -133,15 +156,15 @@ class PriorChannel:
 
     def __init__(self, priors: nn.ModuleDict) -> None:
         self.priors = priors
-        self.current: ForwardPrior | None = None
+        self.running = _Running()
 
     def run(self, prior: ForwardPrior | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call `function` as part of the forward that `prior` belongs to."""
-        before, self.current = self.current, prior
+        before, self.running.prior = self.running.prior, prior
         try:
             return function(*args, **kwargs)
         finally:
-            self.current = before
+            self.running.prior = before
 
     def fitted(self, adapter_name: str) -> bool:
         return adapter_name in self.priors and self.priors[adapter_name].fitted  # type: ignore[return-value]
@@ -152,7 +175,8 @@ class PriorChannel:
 
     def scores(self, adapter_name: str, x: Tensor) -> Tensor | None:
         """Scores (B, K) or (1, K) that go with a layer's input `x` (B, ..., D_in); None counts as zero."""
-        if self.current is None:
+        running = self.running.prior
+        if running is None:
             if not self.fitted(adapter_name):
                 return None
             raise RuntimeError(
@@ -160,14 +184,14 @@ class PriorChannel:
                 "model itself; if an activation checkpointing other than transformers' calls the layers again, use "
                 "model.gradient_checkpointing_enable() instead."
             )
-        scores = self.current.scores.get(adapter_name)
+        scores = running.scores.get(adapter_name)
         if scores is None:
             return None
         scores = scores.to(x.device)  # which is another one in a model that is spread over several
         rows = scores.shape[0]
         if rows in (1, x.shape[0]):
             return scores
-        if x.dim() == 2 and any(x.shape[0] == rows * length for length in self.current.lengths):
+        if x.dim() == 2 and any(x.shape[0] == rows * length for length in running.lengths):
             return scores.repeat_interleave(x.shape[0] // rows, dim=0)  # (B * T, D_in), row by row
         raise ValueError(
             f"A T-REX layer got an input of shape {tuple(x.shape)} in a forward of {rows} prompts; it cannot tell "
@@ -184,7 +208,7 @@ class CheckpointWithPrior:
         self.channel = channel
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        prior, channel = self.channel.current, self.channel
+        prior, channel = self.channel.running.prior, self.channel
 
         def rerun(*inner_args: Any, **inner_kwargs: Any) -> Any:
             return channel.run(prior, function, *inner_args, **inner_kwargs)

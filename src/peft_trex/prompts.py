@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 EMBEDS = "semantic_embeds"
 # A key-value cache, or an encoder's output, carries the prior of the prompt it was computed from under this name.
 KEPT_PRIOR = "_trex_prior"
+CACHES = ("past_key_values", "cache_params")
 CHECKPOINT = "_gradient_checkpointing_func"
 
 
@@ -40,8 +41,6 @@ class PromptWatch:
     def __init__(self, tuner: TRexModel, channel: PriorChannel) -> None:
         self.tuner = tuner
         self.channel = channel
-        self._owner: nn.Module | None = None  # the module whose forward opened the channel
-        self._generation: ForwardPrior | None = None
         self._handles: list[Any] = []
         self._checkpointed: list[Any] = []  # modules that transformers may run under gradient checkpointing
         self._base_generate: Any = None
@@ -53,6 +52,10 @@ class PromptWatch:
         if self._handles:
             return
         base: Any = self.tuner.model
+        for hook in list(base._forward_pre_hooks.values()):  # of a tuner that this one replaces
+            other = getattr(hook, "__self__", None)
+            if isinstance(other, PromptWatch):
+                other.detach()
         for module in base.modules():
             if module is base or isinstance(module, PreTrainedModel):
                 self._handles += [
@@ -92,12 +95,18 @@ class PromptWatch:
         embedding = self.tuner.input_embedding()
         ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
         if embeds is None and ids is not None and embedding is not None:
-            embeds = embedding(ids.to(embedding.weight.device))
+            if not isinstance(ids, Tensor):
+                raise TypeError(f"input_ids is a {type(ids).__name__}; expected a tensor of token ids (B, T).")
+            training, embedding.training = embedding.training, False  # NEFTune adds noise to it in training
+            try:
+                embeds = embedding(ids.to(embedding.weight.device))
+            finally:
+                embedding.training = training
         if embeds is None:
             raise ValueError(
                 "T-REX computes the prior from the prompt's tokens, but got neither input_ids nor inputs_embeds (only "
-                f"{sorted(key for key, value in inputs.items() if value is not None)}). Pass them, or use "
-                "prior_encoder='external'."
+                f"{sorted(key for key, value in inputs.items() if value is not None)}). Pass them, an encoder's own "
+                "output object, or use prior_encoder='external'."
             )
         labels = inputs.get("labels") if self._is_causal() else None
         mask, told = prompt_mask(embeds[..., 0], inputs.get("attention_mask"), labels)
@@ -121,8 +130,8 @@ class PromptWatch:
 
     def _adapters(self) -> list[str]:
         """Active adapters that use a prior, while adapters are enabled and not merged."""
-        layer = next((module for module in self.tuner.model.modules() if isinstance(module, TRexLayer)), None)
-        if layer is None or layer.disable_adapters or layer.merged:
+        layers = (module for module in self.tuner.model.modules() if isinstance(module, TRexLayer))
+        if all(layer.disable_adapters or layer.merged for layer in layers):
             return []
         return [name for name in self.tuner.active_adapters if self.tuner.config_of(name).use_prior]
 
@@ -151,7 +160,10 @@ class PromptWatch:
     def _open(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before a forward: find its prior; `semantic_embeds` is not the base model's and is taken out."""
         embeds = kwargs.pop(EMBEDS, None)
-        if self._owner is not None or self.channel.current is not None:
+        running = self.channel.running
+        if running.owner is module:  # its last forward was interrupted, and never closed
+            running.owner = running.prior = None
+        if running.prior is not None:
             return args, kwargs  # part of a forward that is running
         adapters = self._adapters()
         if not adapters:
@@ -160,9 +172,13 @@ class PromptWatch:
         if args:
             inputs = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
         rows, lengths = _batch_shape(inputs)
-        prior = self._generation or self._kept(inputs, adapters) or self._score(inputs, embeds, adapters, rows)
-        self.channel.current = prior.for_call(rows, lengths)
-        self._owner = module
+        prior = running.generation or self._kept(inputs, adapters)
+        if prior is None:
+            prior = self._score(inputs, embeds, adapters, rows)
+            if module.training and inputs.get("labels") is None and self._is_causal():
+                self._warn_without_labels(prior)
+        running.prior = prior.for_call(rows, lengths)
+        running.owner = module
         for checkpointed in self._checkpointed:
             if checkpointed.training and checkpointed.gradient_checkpointing:
                 checkpoint = getattr(checkpointed, CHECKPOINT, None)
@@ -171,24 +187,23 @@ class PromptWatch:
         return args, kwargs
 
     def _close(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if self._owner is not module:
+        running = self.channel.running
+        if running.owner is not module:
             return
-        prior, self.channel.current, self._owner = self.channel.current, None, None
+        prior, running.prior, running.owner = running.prior, None, None
         encoded = output if hasattr(output, "last_hidden_state") else None
-        for kept in (getattr(output, "past_key_values", None), encoded):
+        for kept in (*(getattr(output, name, None) for name in CACHES), encoded):
             if hasattr(kept, "__dict__"):  # which a tuple has not
                 setattr(kept, KEPT_PRIOR, prior)
 
     def _kept(self, inputs: Mapping[str, Any], adapters: list[str]) -> ForwardPrior | None:
         """The prior of the prompt that a cache, or an encoder's output, among the inputs was computed from."""
-        cache = inputs.get("past_key_values")
-        if cache is not None and hasattr(cache, "get_seq_length") and cache.get_seq_length() == 0:
-            cache = None
-        for source in (cache, inputs.get("encoder_outputs")):
+        caches = [cache for name in CACHES if (cache := inputs.get(name)) is not None and _cached_tokens(cache) != 0]
+        for source in (*caches, inputs.get("encoder_outputs")):
             prior = getattr(source, KEPT_PRIOR, None)
             if prior is not None and set(adapters) <= set(prior.scores):
                 return prior
-        if cache is not None:
+        if caches:
             self._warn_once(
                 "cache",
                 "A forward goes on from a cache whose prompt T-REX did not see; the prior is computed from the tokens "
@@ -200,22 +215,38 @@ class PromptWatch:
         """The base model's `generate`, with the prior computed once, from the prompt, for all new tokens."""
         embeds = kwargs.pop(EMBEDS, None)
         adapters = self._adapters()
-        if not adapters or self._generation is not None:
+        running = self.channel.running
+        if not adapters or running.generation is not None:
             return self._base_generate(*args, **kwargs)
-        inputs = {key: kwargs.get(key) for key in ("input_ids", "inputs_embeds", "attention_mask")}
-        if inputs["input_ids"] is None:
-            inputs["input_ids"] = args[0] if args else kwargs.get("inputs")
-        if inputs["attention_mask"] is None and inputs["input_ids"] is not None:
-            inputs["attention_mask"] = self._infer_attention_mask(inputs["input_ids"], kwargs)
-        if embeds is None and inputs["input_ids"] is None and inputs["inputs_embeds"] is None:
-            prior = ForwardPrior(dict.fromkeys(adapters), 1)  # starts from nothing: an empty prompt has no prior
-        else:
-            prior = self._score(inputs, embeds, adapters, _batch_shape({**inputs, EMBEDS: embeds})[0])
-        self._generation = prior
+        running.generation = self._prior_of_prompt(args, kwargs, embeds, adapters)
         try:
             return self._base_generate(*args, **kwargs)
         finally:
-            self._generation = None
+            running.generation = running.prior = running.owner = None
+
+    def _prior_of_prompt(
+        self, args: tuple, kwargs: Mapping[str, Any], embeds: Any, adapters: list[str]
+    ) -> ForwardPrior:
+        """The prior for a whole generate call, from its arguments."""
+        inputs = {key: kwargs.get(key) for key in ("input_ids", "inputs_embeds", "attention_mask")}
+        if inputs["input_ids"] is None:
+            inputs["input_ids"] = args[0] if args else kwargs.get("inputs")
+        tokens = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
+        mask, encoded = inputs["attention_mask"], kwargs.get("encoder_outputs")
+        cached = _cached_tokens(kwargs.get("past_key_values"))
+        # tokens that only go on from a cache: the prompt is what the cache was computed from
+        goes_on = False
+        if cached and tokens is not None:
+            goes_on = tokens.shape[1] <= cached or (mask is not None and mask.shape[1] > tokens.shape[1])
+        if embeds is None and (goes_on or (tokens is None and encoded is not None)):
+            kept = self._kept(kwargs, adapters)
+            if kept is not None:
+                return kept
+        if embeds is None and tokens is None and encoded is None:
+            return ForwardPrior(dict.fromkeys(adapters), 1)  # starts from nothing: an empty prompt has no prior
+        if mask is None and inputs["input_ids"] is not None:
+            inputs["attention_mask"] = self._infer_attention_mask(inputs["input_ids"], kwargs)
+        return self._score({**kwargs, **inputs}, embeds, adapters, _batch_shape({**inputs, EMBEDS: embeds})[0])
 
     def _infer_attention_mask(self, prompt: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
         """What transformers takes where none is given: padding equals the pad token, if that is not an end token."""
@@ -224,6 +255,15 @@ class PromptWatch:
         end = kwargs.get("eos_token_id", config.eos_token_id)
         ends = end if isinstance(end, (list, tuple)) else [end]
         return None if pad is None or pad in ends else prompt != pad
+
+    def _warn_without_labels(self, prior: ForwardPrior) -> None:
+        known = [name for name, scores in prior.scores.items() if scores is not None]
+        if any(self.tuner.config_of(name).prior_encoder == "input_embeddings" for name in known):
+            self._warn_once(
+                "no labels",
+                "A training forward got no labels, so all its tokens count as the prompt, an answer included. "
+                "label_smoothing_factor, compute_loss_func and losses of one's own take the labels away.",
+            )
 
     def _warn_unfitted(self, adapter_name: str, prior: SemanticPrior | None) -> None:
         advice = "call initialize_trex_prior before training, or give the Trainer a TRexPriorCallback"
@@ -248,7 +288,7 @@ def _check_embeds(adapter_name: str, embeds: Any, rows: int, dim: int) -> Tensor
     if embeds is None:
         raise ValueError(
             f"{EMBEDS} is missing: the adapter {adapter_name!r} has prior_encoder='external', so each forward and "
-            f"generate needs it; {wanted}."
+            f"generate needs it; {wanted}. A Trainer passes it on with remove_unused_columns=False."
         )
     if not isinstance(embeds, Tensor):
         raise TypeError(f"{EMBEDS} is a {type(embeds).__name__}; {wanted}.")
@@ -257,6 +297,11 @@ def _check_embeds(adapter_name: str, embeds: Any, rows: int, dim: int) -> Tensor
     if not torch.isfinite(embeds).all():
         raise ValueError(f"{EMBEDS} holds NaN or infinity; {wanted}, finite.")
     return embeds
+
+
+def _cached_tokens(cache: Any) -> int | None:
+    """Tokens in a cache; None where there is none, or it does not say."""
+    return cache.get_seq_length() if hasattr(cache, "get_seq_length") else None
 
 
 def _batch_shape(inputs: Mapping[str, Any]) -> tuple[int, frozenset[int]]:
