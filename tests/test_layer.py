@@ -226,6 +226,16 @@ def test_merge_is_exact_where_the_routing_is_constant():
     torch.testing.assert_close(merged(input_ids=ids).logits, routed, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("clusters", [4, 6])
+def test_merge_without_a_router_is_the_mixture_at_the_mean_prior(clusters):
+    model = adapted(use_router=False, num_clusters=clusters)
+    layer = model.base_model.model.model.layers[1].mlp.down_proj
+    scores = model.base_model.trex_prior["default"].mean_scores[None]
+    x = torch.randn(1, 5, 48)
+    expected = _reference(layer, "default", x, scores, model.peft_config["default"])
+    torch.testing.assert_close(x @ layer.get_delta_weight("default").T, expected)
+
+
 def test_safe_merge_refuses_nan_and_leaves_the_weight():
     model = adapted()
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
@@ -281,7 +291,7 @@ def test_dropout_is_on_in_training_only():
     ids = prompts(2)
     torch.testing.assert_close(model(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=0)
     model.train()
-    assert not torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert not torch.equal(model(**answered(2)).logits, model(**answered(2)).logits)
 
 
 def test_deepcopy_is_a_model_of_its_own():
