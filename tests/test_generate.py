@@ -75,7 +75,7 @@ def test_prior_is_the_same_for_every_new_token(any_model):
     model = any_model
     inputs = _batch("left")
     tuner = model.base_model
-    expected = tuner.trex_prior["default"].score(tuner.prompts.embed(inputs)[0])
+    expected = tuner.trex_prior["default"].score(tuner.prompts.scorer.embed(inputs)[0])
     seen = []
     layer = next(module for module in model.modules() if isinstance(module, TRexLayer))
     handle = layer.register_forward_pre_hook(

@@ -46,6 +46,7 @@ def _reference(layer, adapter_name, x, scores, config):
         prior,
         layer.trex_omega[adapter_name],
         layer.trex_gate[adapter_name],
+        router_down=layer.trex_router_down[adapter_name] if config.router_rank else None,
         token_scale=float(config.token_scale or config.num_experts),
         prior_scale=config.prior_scale,
         temperature=config.gate_temperature,
@@ -65,6 +66,7 @@ def _configs(draw):
         expert_layout=layout,
         num_clusters=draw(st.integers(1, 9)),
         use_router=use_router,
+        router_rank=draw(st.sampled_from([None, 1, 3])) if use_router else None,
         use_prior=use_prior,
         token_scale=draw(st.sampled_from([None, 0.5, 32.0])) if use_router else None,
         prior_scale=draw(st.sampled_from([0.25, 4.0])),
@@ -141,16 +143,25 @@ def _folder():
     return tempfile.TemporaryDirectory()
 
 
-def test_parameter_count_of_llama_2_13b():
-    config = LlamaConfig(
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [
+        (LoraConfig(r=32, target_modules="all-linear"), 125_173_760),
+        (TRexConfig(), 81_183_280),
+        # a layer of D_in and D_out: (4 + Q) D_in + 32 Q + 8 D_out + 2
+        (TRexConfig(router_rank=8), 38_492_720),
+        (TRexConfig(router_rank=4), 31_329_840),
+        (TRexConfig(use_router=False), 24_166_960),
+    ],
+    ids=["lora", "trex", "router_rank 8", "router_rank 4", "no router"],
+)
+def test_parameter_count_of_llama_2_13b(config, parameters):
+    shapes = LlamaConfig(
         vocab_size=32000, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40
     )
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config)
-        model = get_peft_model(base, TRexConfig(task_type="CAUSAL_LM"))
-        assert model.get_nb_trainable_parameters()[0] == 81_183_280
-        model = get_peft_model(model.unload(), LoraConfig(r=32, target_modules="all-linear"))
-        assert model.get_nb_trainable_parameters()[0] == 125_173_760
+        model = get_peft_model(AutoModelForCausalLM.from_config(shapes), config)
+    assert model.get_nb_trainable_parameters()[0] == parameters
 
 
 def test_starts_as_the_base_model():

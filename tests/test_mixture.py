@@ -110,6 +110,20 @@ def test_gradients_are_those_of_the_formula(layout):
     assert torch.autograd.gradcheck(mixture, tensors)
 
 
+@pytest.mark.parametrize("layout", ["grid", "paired"])
+def test_a_reduced_router_is_the_product_of_its_factors(layout):
+    case = _random_case(layout, 2, 2)
+    up, down = torch.randn(4 if layout == "grid" else 2, 3).double(), torch.randn(3, 5).double()
+    settings = {"token_scale": 2.0, "temperature": 5.0, "layout": layout}
+    factored = rank_one_mixture(**{**case, "router": up}, router_down=down, **settings)
+    torch.testing.assert_close(factored, rank_one_mixture(**{**case, "router": up @ down}, **settings))
+
+    def mixture(x, up, down):
+        return rank_one_mixture(**{**case, "x": x, "router": up}, router_down=down, **settings)
+
+    assert torch.autograd.gradcheck(mixture, [tensor.requires_grad_() for tensor in (case["x"], up, down)])
+
+
 def test_token_prior_is_the_row_prior_repeated():
     case = _random_case("grid", 2, 3)
     by_row = rank_one_mixture(**case, token_scale=6.0)
@@ -170,6 +184,9 @@ def test_mean_delta_weight_takes_a_uniform_router():
         ({"A": torch.zeros(2, 4)}, "D_in = 5"),
         ({"B": torch.zeros(7)}, r"\(D_out, r_b\)"),
         ({"router": torch.zeros(5, 5)}, r"\(6, 5\)"),
+        ({"router_down": torch.zeros(3, 4)}, r"\(Q, D_in\) with D_in = 5"),
+        ({"router_down": torch.zeros(3, 5), "router": None}, "a router"),
+        ({"router_down": torch.zeros(3, 5)}, r"\(E, Q\) = \(6, 3\)"),
         ({"prior": torch.zeros(2, 5)}, "E = 6"),
         ({"prior": torch.zeros(3, 6)}, "leading axes"),
         ({"prior": torch.zeros(2, 4, 6)}, "leading axes"),

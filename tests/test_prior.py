@@ -10,7 +10,8 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_trex import TRexConfig, TRexPriorReport, initialize_trex_prior
-from peft_trex.prior import SemanticPrior, pool, prompt_mask
+from peft_trex.prior import SemanticPrior
+from peft_trex.spans import find_prompts
 
 
 def _prior(model, adapter_name="default"):
@@ -64,25 +65,78 @@ def test_pooling_takes_the_prompt_whatever_the_padding(lengths, sides, extra, an
         label[answered] = padded[answered]
         prompt = row[: length - min(answer, length)] if labelled else row
         if labelled and length and not len(prompt):
-            prompt = row
-        if labelled and not len(row[: length - min(answer, length)]):
-            told = False
+            prompt, told = row, False
         expected.append(table[prompt].mean(0) if len(prompt) else torch.zeros(3))
         ids.append(padded)
         masks.append(mask)
         labels.append(label)
     ids, masks, labels = torch.stack(ids), torch.stack(masks), torch.stack(labels)
-    mask, all_told = prompt_mask(ids, masks, labels if labelled else None)
-    torch.testing.assert_close(pool(table[ids], mask), torch.stack(expected))
-    assert all_told is told
+    found = find_prompts(ids, masks, labels if labelled else None)
+    torch.testing.assert_close(found.mean(table[ids]), torch.stack(expected))
+    assert found.known.tolist() == [length > 0 for length in lengths]
+    assert found.told is None if not labelled else bool(found.told) is told
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(
+        st.lists(st.tuples(st.integers(1, 5), st.integers(0, 4)), min_size=1, max_size=3), max_size=3
+    ).filter(len),
+    told_by=st.sampled_from(["labels", "completion_mask", None]),
+    filled=st.integers(0, 3),
+    masked=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_packed_sequences_have_the_prompts_they_have_alone(lengths, told_by, filled, masked, seed):
+    """Rows of (prompt, answer) lengths packed without gaps, filled up with one-token sequences or masked padding."""
+    torch.manual_seed(seed)
+    table = torch.randn(20, 3)
+    width = max(sum(prompt + answer for prompt, answer in row) for row in lengths) + filled
+    ids = torch.randint(1, 20, (len(lengths), width))
+    answered, positions = torch.zeros_like(ids), torch.zeros_like(ids)
+    mask, expected, told = torch.zeros_like(ids), torch.zeros(len(lengths), width, 3), True
+    packed = False
+    for i, row in enumerate(lengths):
+        begin = 0
+        for prompt, answer in row:
+            end = begin + prompt + answer
+            answered[i, begin + prompt : end] = 1
+            positions[i, begin:end] = torch.arange(end - begin)
+            mask[i, begin:end] = 1
+            tells = told_by is not None and (masked or prompt > 1)
+            told = told and (tells or prompt + answer == 1)
+            expected[i, begin:end] = table[ids[i, begin : begin + prompt if tells else end]].mean(0)
+            begin = end
+        expected[i, begin:] = 0 if masked else table[ids[i, begin:]]
+        packed = packed or len(row) > 1 or (begin < width and not masked)
+    tells = {"labels": ids.masked_fill(answered == 0, -100), "completion_mask": answered}
+    given_by = {told_by: tells[told_by]} if told_by else {}
+    found = find_prompts(ids, mask if masked else None, position_ids=positions, **given_by)
+    assert (found.index is not None) == packed
+    spread = found.spread(found.mean(table[ids]))
+    expected = expected if packed else expected[:, 0]
+    attended = mask.bool() | (not masked)
+    torch.testing.assert_close(spread[attended] if packed else spread, expected[attended] if packed else expected)
+    assert found.told is None if told_by is None else bool(found.told) is told
+
+
+def test_the_prompt_ends_where_prediction_begins():
+    ids = torch.arange(1, 9)[None]
+    labels = torch.tensor([[-100, -100, 3, 4, -100, -100, 7, -100]])
+    assert find_prompts(ids, None, labels).mask.tolist() == [[True] * 2 + [False] * 6]
+    mask = (ids > 1).long()
+    assert find_prompts(ids, mask, labels).mask.tolist() == [[False, True] + [False] * 6]
+    assert find_prompts(ids, None, logits_to_keep=4).mask.tolist() == [[True] * 5 + [False] * 3]
+    assert find_prompts(ids, None, logits_to_keep=1).mask.all()
+    assert find_prompts(ids, None, labels, logits_to_keep=4).mask.sum() == 2
 
 
 def test_labels_of_another_shape_say_nothing_of_the_prompt():
     ids = torch.ones(2, 3, dtype=torch.long)
-    mask, told = prompt_mask(ids, None, torch.tensor([1, -100]))
-    assert mask.all() and told
+    found = find_prompts(ids, None, torch.tensor([1, -100]))
+    assert found.mask.all() and found.told is None
     with pytest.raises(ValueError, match=r"\(2, 3\)"):
-        prompt_mask(ids, torch.ones(2, 1, 3, 3), None)
+        find_prompts(ids, torch.ones(2, 1, 3, 3), None)
 
 
 def test_fit_finds_the_groups_and_reports_them():
@@ -362,7 +416,7 @@ def test_external_embeddings_are_refused_where_they_are_not_used():
     with pytest.raises(ValueError, match="compute the prior from the input embeddings"):
         adapted()(input_ids=prompts(3), semantic_embeds=torch.zeros(3, 5))
     with pytest.raises(TypeError, match="list"):
-        initialize_trex_prior(_external(fit=False), embeddings=[[0.0] * 5], progress=False)
+        initialize_trex_prior(_external(fit=False), embeddings="text", progress=False)
     with pytest.raises(ValueError, match=r"shape \(9, 4\)"):
         initialize_trex_prior(_external(fit=False), embeddings=torch.zeros(9, 4), progress=False)
     with pytest.raises(ValueError, match="no dataloader"):

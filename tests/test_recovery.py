@@ -162,9 +162,9 @@ def test_noise_on_the_embedding_does_not_reach_the_prior():
     model = adapted().train()
     tuner = model.base_model
     embedding = tuner.input_embedding()
-    clean = tuner.prompts.embed({"input_ids": prompts(3)})[0]
+    clean = tuner.prompts.scorer.embed({"input_ids": prompts(3)})[0]
     embedding.register_forward_hook(lambda m, args, out: out + torch.randn_like(out) if m.training else out)
-    torch.testing.assert_close(tuner.prompts.embed({"input_ids": prompts(3)})[0], clean, rtol=0, atol=0)
+    torch.testing.assert_close(tuner.prompts.scorer.embed({"input_ids": prompts(3)})[0], clean, rtol=0, atol=0)
     assert embedding.training
 
 
@@ -207,7 +207,7 @@ def test_generate_goes_on_from_what_the_prompt_left():
 )
 def test_inputs_in_which_no_prompt_can_be_found(inputs, error, message):
     with pytest.raises(error, match=message):
-        adapted().base_model.prompts.embed(inputs)
+        adapted().base_model.prompts.scorer.embed(inputs)
 
 
 def test_one_prompt_many_times_is_nothing_to_cluster():

@@ -6,6 +6,7 @@ know `TRexConfig` and the adapters saved with it.
 
 from . import registration
 from .config import TRexConfig
+from .embeddings import SemanticEmbedsCollator, embed_prompts
 from .fitting import TRexPriorCallback, TRexPriorReport, initialize_trex_prior
 from .layer import TRexLayer
 from .mixture import rank_one_mixture
@@ -14,11 +15,13 @@ from .model import TRexModel
 __version__ = "0.1.0"
 
 __all__ = [
+    "SemanticEmbedsCollator",
     "TRexConfig",
     "TRexLayer",
     "TRexModel",
     "TRexPriorCallback",
     "TRexPriorReport",
+    "embed_prompts",
     "initialize_trex_prior",
     "rank_one_mixture",
 ]

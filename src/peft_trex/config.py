@@ -11,7 +11,7 @@ from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType
 
-from .hub import check_adapter_file, complete_model_card
+from .hub import check_adapter_file
 from .mixture import num_experts
 
 
@@ -35,6 +35,10 @@ class TRexConfig(PeftConfig):
             (E, K) in each layer. "auto" takes the identity when K = E.
         use_router (`bool`):
             False is the ablation without the token router.
+        router_rank (`int`, *optional*):
+            Rank of a reduced router: R (E, D_in) is the product of two trained factors, (E, router_rank) and
+            (router_rank, D_in), which makes most of the adapter smaller. None, the paper's, keeps R whole. It saves
+            parameters when it is less than E * D_in / (E + D_in), a little less than E.
         use_prior (`bool`):
             False is the ablation without the semantic prior.
         token_scale (`float`, *optional*):
@@ -84,6 +88,7 @@ class TRexConfig(PeftConfig):
         default="auto", metadata={"help": "Cluster scores to experts: as they are, or by a learned matrix."}
     )
     use_router: bool = field(default=True, metadata={"help": "False: ablation without the token router."})
+    router_rank: int | None = field(default=None, metadata={"help": "Rank of a reduced router; None: the whole one."})
     use_prior: bool = field(default=True, metadata={"help": "False: ablation without the semantic prior."})
     token_scale: float | None = field(default=None, metadata={"help": "c_token; None: the number of experts."})
     prior_scale: float = field(default=4.0, metadata={"help": "c_prior. Paper: 4."})
@@ -134,8 +139,9 @@ class TRexConfig(PeftConfig):
     def _check_values(self) -> None:
         for name in ("r_a", "r_b", "num_clusters"):
             _check_int(name, getattr(self, name))
-        if self.prior_dim is not None:
-            _check_int("prior_dim", self.prior_dim)
+        for name in ("prior_dim", "router_rank"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name))
         choices = {
             "expert_layout": ("grid", "paired"),
             "prior_map": ("auto", "identity", "learned"),
@@ -171,6 +177,8 @@ class TRexConfig(PeftConfig):
             raise ValueError(
                 f"token_scale={self.token_scale!r} scales the token router, which use_router=False drops."
             )
+        if not self.use_router and self.router_rank is not None:
+            raise ValueError(f"router_rank={self.router_rank} reduces the token router, which use_router=False drops.")
         if not self.use_prior and self.prior_map != "auto":
             raise ValueError(f"prior_map={self.prior_map!r} maps the prior, which use_prior=False drops.")
         if not self.use_prior and self.prior_encoder != "input_embeddings":
@@ -197,13 +205,6 @@ class TRexConfig(PeftConfig):
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(f"layers_pattern={self.layers_pattern!r} has no use without layers_to_transform.")
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save as every PEFT config; with a model, the card that PEFT wrote learns what loading the adapter needs."""
-        with_model = "auto_mapping_dict" in kwargs  # PEFT's own call, after it wrote the card
-        super().save_pretrained(save_directory, **kwargs)
-        if with_model:
-            complete_model_card(save_directory, self.task_type)
 
     @classmethod
     def from_pretrained(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -15,9 +15,13 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from .config import TRexConfig
+from .embeddings import tokenize_prompts
 from .layer import TRexLayer
 from .model import TRexModel
 from .prior import SemanticPrior
+from .scoring import EMBEDS
+
+GIVE_EMBEDDINGS = "embeddings=, of shape (N, prior_dim)"
 
 
 @dataclass(frozen=True)
@@ -44,14 +48,16 @@ def initialize_trex_prior(
     max_batches: int | None = None,
     seed: int = 0,
     progress: bool = True,
-    embeddings: Tensor | np.ndarray | None = None,
+    embeddings: Tensor | np.ndarray | Sequence[Any] | None = None,
+    tokenizer: Any = None,
 ) -> TRexPriorReport:
     """Fit an adapter's semantic prior: embed the training prompts and cluster them (arXiv 2404.08985).
 
     A prompt's embedding is the mean of the frozen input embeddings over its tokens: those that are attended to and,
-    in a causal language model that is given labels, have label -100. The embeddings are centred by their mean,
-    normalised, and clustered with k-means. Centroids, mean, and the mean score of each cluster are stored with the
-    adapter, which saves, loads and pushes them. The adapter is touched only when all is done.
+    in a causal language model that is given labels or a `completion_mask`, come before the first that is predicted.
+    The embeddings are centred by their mean, normalised, and clustered with k-means. Centroids, mean, and the mean
+    score of each cluster are stored with the adapter, which saves, loads and pushes them. The adapter is touched only
+    when all is done.
 
     Args:
         model: a model with a T-REX adapter, as `get_peft_model` returns it.
@@ -61,7 +67,9 @@ def initialize_trex_prior(
         seed: of the clustering.
         progress: show a progress bar.
         embeddings: (N, d) embeddings of the training prompts instead of a dataloader, for an adapter with
-            `prior_encoder="external"`, d being its `prior_dim`.
+            `prior_encoder="external"`, d being its `prior_dim`: a tensor, an array, a data set's column. A dataloader
+            does as well if its batches have `semantic_embeds`, as [`SemanticEmbedsCollator`] adds them.
+        tokenizer: for a dataloader whose batches are rows with a `prompt`, as those of TRL's GRPOTrainer.
 
     Returns:
         A report: prompts seen, cluster sizes, explained variance.
@@ -76,23 +84,22 @@ def initialize_trex_prior(
     ):
         raise ValueError(f"max_batches={max_batches!r} must be a whole number of at least 1, or None.")
     external = config.prior_encoder == "external"
-    if external != (embeddings is not None) or external == (dataloader is not None):
-        wanted = (
-            "embeddings=, of shape (N, prior_dim), and no dataloader" if external else "a dataloader and no embeddings"
-        )
+    if (embeddings is None) == (dataloader is None) or (embeddings is not None and not external):
+        wanted = f"{GIVE_EMBEDDINGS}, and no dataloader" if external else "a dataloader and no embeddings"
         raise ValueError(f"The adapter {adapter_name!r} has prior_encoder={config.prior_encoder!r}; give {wanted}.")
     if embeddings is not None:
         gathered = _check_embeddings(embeddings, prior.dim)
     else:
         assert dataloader is not None
-        gathered = _embed_all(tuner, dataloader, max_batches, progress)
+        gathered = _embed_all(tuner, prior.dim if external else None, dataloader, max_batches, progress, tokenizer)
     return _fit(prior, gathered, seed)
 
 
 class TRexPriorCallback(TrainerCallback):
     """Fits the semantic prior of the active T-REX adapters when training starts, from the training data.
 
-    An adapter whose prior is fitted already keeps it, and a resumed training fits nothing.
+    An adapter whose prior is fitted already keeps it, and a resumed training fits nothing. For an adapter with
+    `prior_encoder="external"` the batches need `semantic_embeds`, as [`SemanticEmbedsCollator`] adds them.
 
     Args:
         max_batches: read at most this many batches of the training data; None reads all.
@@ -131,6 +138,7 @@ class TRexPriorCallback(TrainerCallback):
                     max_batches=self.max_batches,
                     seed=self.seed,
                     progress=self.progress,
+                    tokenizer=kwargs.get("processing_class"),
                 )
 
 
@@ -161,11 +169,16 @@ def _find_prior(model: nn.Module, adapter_name: str) -> tuple[TRexModel, TRexCon
     return tuner, config, prior
 
 
-def _check_embeddings(embeddings: Tensor | np.ndarray, dim: int) -> np.ndarray:
+def _check_embeddings(embeddings: Tensor | np.ndarray | Sequence[Any], dim: int) -> np.ndarray:
     if not isinstance(embeddings, (Tensor, np.ndarray)):
-        raise TypeError(
-            f"embeddings is a {type(embeddings).__name__}; expected a tensor or array of shape (N, {dim})."
-        )
+        try:  # in parts, because a data set's column would make every number a Python object at once
+            parts = [np.asarray(embeddings[i : i + 1000], np.float32) for i in range(0, len(embeddings), 1000)]
+            embeddings = np.concatenate(parts)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"embeddings is a {type(embeddings).__name__}; expected numbers of shape (N, {dim}) as a tensor, an "
+                "array, a list or a data set's column."
+            ) from error
     if embeddings.ndim != 2 or embeddings.shape[1] != dim:
         raise ValueError(
             f"embeddings has shape {tuple(embeddings.shape)}; expected (N, prior_dim) with prior_dim={dim}."
@@ -174,7 +187,12 @@ def _check_embeddings(embeddings: Tensor | np.ndarray, dim: int) -> np.ndarray:
 
 
 def _embed_all(
-    tuner: TRexModel, dataloader: Iterable[Mapping[str, Any]], max_batches: int | None, progress: bool
+    tuner: TRexModel,
+    external_dim: int | None,
+    dataloader: Iterable[Mapping[str, Any]],
+    max_batches: int | None,
+    progress: bool,
+    tokenizer: Any,
 ) -> np.ndarray:
     """Embeddings (N, d), float32, of all prompts that have any token."""
     try:
@@ -186,16 +204,31 @@ def _embed_all(
     gathered = []
     with torch.random.fork_rng(devices=[]), tqdm(total=total, desc="T-REX prior", disable=not progress) as bar:
         for batch in islice(dataloader, max_batches):
+            if isinstance(batch, list) and tokenizer is not None and "prompt" in batch[0]:
+                batch = tokenize_prompts(batch, tokenizer)
             if not isinstance(batch, Mapping):
                 raise TypeError(
-                    f"The dataloader gave a {type(batch).__name__}; expected a mapping such as {{'input_ids': ...}}."
+                    f"The dataloader gave a {type(batch).__name__}; expected a mapping such as {{'input_ids': ...}}, "
+                    "or a list of rows with a 'prompt', and a tokenizer."
                 )
-            pooled, known = tuner.prompts.embed(batch)
-            gathered.append(pooled[known].cpu().numpy())
+            gathered.append(_embed_batch(tuner, external_dim, batch))
             bar.update()
     if not gathered:
         raise ValueError("The dataloader gave no batch; the prior needs the training prompts.")
     return np.concatenate(gathered)
+
+
+def _embed_batch(tuner: TRexModel, external_dim: int | None, batch: Mapping[str, Any]) -> np.ndarray:
+    if external_dim is None:
+        means, prompts = tuner.prompts.scorer.embed(batch)
+        return means[prompts.known].cpu().numpy()
+    if EMBEDS not in batch:
+        raise ValueError(
+            f"The adapter has prior_encoder='external', but a batch has no {EMBEDS} (only {sorted(batch)}); give "
+            f"{GIVE_EMBEDDINGS}, and no dataloader, or wrap the collator in a SemanticEmbedsCollator."
+        )
+    embeddings = _check_embeddings(batch[EMBEDS], external_dim)
+    return embeddings[embeddings.any(1)]
 
 
 def _fit(prior: SemanticPrior, embeddings: np.ndarray, seed: int) -> TRexPriorReport:

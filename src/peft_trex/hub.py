@@ -22,19 +22,9 @@ AUTO_CLASSES: dict[TaskType | str | None, str] = {
 }
 
 
-def complete_model_card(folder: str, task_type: TaskType | str | None = None) -> None:
-    """Add the tag `trex` and how to load the adapter to the model card that PEFT wrote, if there is one.
-
-    PEFT writes one card for all adapters of a model; an adapter that is not named "default" lies one folder below it.
-    """
-    for candidate in (folder, os.path.dirname(os.path.abspath(folder))):
-        path = os.path.join(candidate, "README.md")
-        if os.path.isfile(path):
-            card = ModelCard.load(path, ignore_metadata_errors=True)
-            if card.data.get("library_name") == "peft":
-                break
-    else:
-        return
+def _complete_card(path: str, task_type: TaskType | str | None) -> None:
+    """Add the tag `trex` and how to load the adapter to a model card."""
+    card = ModelCard.load(path, ignore_metadata_errors=True)
     card.data["tags"] = sorted({*(card.data.get("tags") or []), "trex"})
     if LOADING_HEADING not in card.text:
         base = card.data.get("base_model")
@@ -76,24 +66,36 @@ def check_adapter_file(folder: str) -> None:
         ) from error
 
 
-def keep_model_card_when_pushed(model_class: Any) -> None:
-    """Let `push_to_hub` upload the card that PEFT wrote.
+def complete_model_cards(model_class: Any) -> None:
+    """Let the cards of models with a T-REX adapter say what loading them needs; others go their way unchanged.
 
-    transformers' `push_to_hub`, which PEFT inherits, saves the model and then writes a card of its own over PEFT's,
-    with another library and without the base model. For models with a T-REX adapter the card is completed once more,
-    just before the upload; others go their way unchanged.
+    PEFT has no place for this. Its `save_pretrained`, and transformers' Trainer, write the card by
+    `create_or_update_model_card`. transformers' `push_to_hub`, which PEFT inherits, then writes a card of its own over
+    PEFT's, with another library and without the base model; so PEFT's is written once more, just before the upload.
     """
-    upload = getattr(model_class, "_upload_modified_files", None)
-    if upload is None or getattr(upload, "keeps_trex_card", False):
+    write, upload = model_class.create_or_update_model_card, getattr(model_class, "_upload_modified_files", None)
+    if getattr(write, "knows_trex", False):
+        return
+
+    @functools.wraps(write)
+    def write_card(self: Any, output_dir: str) -> None:
+        write(self, output_dir)
+        if (config := _trex_config(self)) is not None:
+            _complete_card(os.path.join(output_dir, "README.md"), config.task_type)
+
+    write_card.knows_trex = True  # type: ignore[attr-defined]
+    model_class.create_or_update_model_card = write_card
+    if upload is None:
         return
 
     @functools.wraps(upload)
     def upload_with_card(self: Any, working_dir: str, *args: Any, **kwargs: Any) -> Any:
-        config = next((config for config in self.peft_config.values() if config.peft_type == "TREX"), None)
-        if config is not None:
+        if _trex_config(self) is not None:
             self.create_or_update_model_card(working_dir)
-            complete_model_card(working_dir, config.task_type)
         return upload(self, working_dir, *args, **kwargs)
 
-    upload_with_card.keeps_trex_card = True  # type: ignore[attr-defined]
     model_class._upload_modified_files = upload_with_card
+
+
+def _trex_config(model: Any) -> Any:
+    return next((config for config in model.peft_config.values() if config.peft_type == "TREX"), None)

@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import TRexConfig
 from .mixture import expert_weights, mean_delta_weight, rank_one_mixture
 from .prior import PriorChannel
+from .quantized import read_weight, restore_weight, write_weight
 
 
 class TRexLayer(BaseTunerLayer):
@@ -23,7 +24,8 @@ class TRexLayer(BaseTunerLayer):
     adapter_layer_names: tuple[str, ...] = (
         "trex_A",  # (r_a, D_in)
         "trex_B",  # (D_out, r_b)
-        "trex_router",  # (E, D_in), absent with use_router=False
+        "trex_router",  # (E, D_in), absent with use_router=False; (E, Q) if the router is reduced to rank Q
+        "trex_router_down",  # (Q, D_in), only then
         "trex_map",  # (E, K), absent unless learned
         "trex_omega",  # (1,), a logit; of one axis because FSDP shards no scalars
         "trex_gate",  # (1,), likewise
@@ -35,6 +37,7 @@ class TRexLayer(BaseTunerLayer):
         self.trex_A = nn.ParameterDict()
         self.trex_B = nn.ParameterDict()
         self.trex_router = nn.ParameterDict()
+        self.trex_router_down = nn.ParameterDict()
         self.trex_map = nn.ParameterDict()
         self.trex_omega = nn.ParameterDict()
         self.trex_gate = nn.ParameterDict()
@@ -44,20 +47,23 @@ class TRexLayer(BaseTunerLayer):
         self._channel = channel
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        innermost: Any = self.get_base_layer()
-        if isinstance(innermost, Conv1D):  # under ZeRO-3 the weight itself is empty until it is gathered
-            shape = tuple(getattr(innermost.weight, "ds_shape", innermost.weight.shape))
-        else:
-            shape = (innermost.in_features, innermost.out_features)
+        self._former_weight: dict[str, Any] | None = None  # of a quantised base layer that an adapter is merged into
+        shape: Any = _get_in_out_features(self.get_base_layer())
         self.in_features, self.out_features = shape
 
     def update_layer(self, adapter_name: str, config: TRexConfig) -> None:
         """Add an adapter, or replace the one of this name."""
         experts = config.num_experts
+        for name in self.adapter_layer_names:  # of the one that is replaced, which may have had more
+            if adapter_name in getattr(self, name):
+                del getattr(self, name)[adapter_name]
         self.trex_A[adapter_name] = nn.Parameter(torch.empty(config.r_a, self.in_features))
         self.trex_B[adapter_name] = nn.Parameter(torch.empty(self.out_features, config.r_b))
         if config.use_router:
-            self.trex_router[adapter_name] = nn.Parameter(torch.empty(experts, self.in_features))
+            width = config.router_rank or self.in_features
+            self.trex_router[adapter_name] = nn.Parameter(torch.empty(experts, width))
+            if config.router_rank:
+                self.trex_router_down[adapter_name] = nn.Parameter(torch.empty(width, self.in_features))
         if config.learned_map:
             self.trex_map[adapter_name] = nn.Parameter(torch.empty(experts, config.num_clusters))
         self.trex_omega[adapter_name] = nn.Parameter(torch.empty(1))
@@ -77,7 +83,7 @@ class TRexLayer(BaseTunerLayer):
     def reset_trex_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
         """The paper's start (the adapter's output is zero), or with `init_weights=False` one where nothing is zero."""
         starts_at_zero = {"trex_B", "trex_router"} if init_weights else set()
-        for name in ("trex_A", "trex_B", "trex_router", "trex_map"):
+        for name in ("trex_A", "trex_B", "trex_router", "trex_router_down", "trex_map"):
             parameters = getattr(self, name)
             if adapter_name not in parameters:
                 continue
@@ -104,14 +110,15 @@ class TRexLayer(BaseTunerLayer):
             scores = mapping.new_zeros(1, mapping.shape[1])
         return F.linear(scores.to(mapping.dtype), mapping)
 
-    def _routing(self, adapter_name: str, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """Router, prior and omega of an adapter, for an input `x`."""
+    def _routing(self, adapter_name: str, x: Tensor) -> dict[str, Any]:
+        """Router, prior and omega of an adapter, for an input `x`, as the mixture's functions name them."""
         uses_prior = self.trex_uses_prior[adapter_name]
         prior = self._prior(adapter_name, self._channel.scores(adapter_name, x) if uses_prior else None)
         router = self.trex_router[adapter_name] if adapter_name in self.trex_router else None
         if router is None and prior is None:  # a prior that is not known yet
             prior = x.new_zeros(1, self._experts(adapter_name))
-        return router, prior, self.trex_omega[adapter_name]
+        down = self.trex_router_down[adapter_name] if adapter_name in self.trex_router_down else None
+        return {"router": router, "router_down": down, "prior": prior, "omega_logit": self.trex_omega[adapter_name]}
 
     def _experts(self, adapter_name: str) -> int:
         r_a, r_b = self.trex_A[adapter_name].shape[0], self.trex_B[adapter_name].shape[1]
@@ -124,7 +131,7 @@ class TRexLayer(BaseTunerLayer):
         """
         settings = {key: value for key, value in self.trex_settings[adapter_name].items() if key != "layout"}
         x = self._cast_input_dtype(x, self.trex_A[adapter_name].dtype)
-        weights = expert_weights(x, *self._routing(adapter_name, x), **settings)
+        weights = expert_weights(x, **self._routing(adapter_name, x), **settings)
         return weights.expand(*x.shape[:-1], weights.shape[-1])
 
     def _adapter_output(self, adapter_name: str, x: Tensor) -> Tensor:
@@ -134,8 +141,8 @@ class TRexLayer(BaseTunerLayer):
             x,
             A,
             self.trex_B[adapter_name],
-            *self._routing(adapter_name, x),
-            self.trex_gate[adapter_name],
+            gate_logit=self.trex_gate[adapter_name],
+            **self._routing(adapter_name, x),
             **self.trex_settings[adapter_name],
         )
 
@@ -186,7 +193,8 @@ class Linear(nn.Module, TRexLayer):
             adapter_names: the adapters to merge; None merges the active ones.
 
         Raises:
-            ValueError: with `safe_merge`, if an adapter's weights are not finite.
+            ValueError: if the base weight is quantised in a way that cannot be written; with `safe_merge`, if an
+                adapter's weights are not finite.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.trex_A:
@@ -195,10 +203,14 @@ class Linear(nn.Module, TRexLayer):
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Subtract what `merge` added; the base weight is restored to rounding."""
+        """Undo `merge`; the base weight is restored to rounding, a quantised one, which was kept, to the bit."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        if self._former_weight is not None:  # subtracting would leave what two quantisations have rounded
+            restore_weight(self.get_base_layer(), self._former_weight)
+            self._former_weight = None
+            self.merged_adapters.clear()
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.trex_A:
@@ -206,14 +218,16 @@ class Linear(nn.Module, TRexLayer):
 
     @torch.no_grad()
     def _add_to_base(self, delta: Tensor, adapter_name: str, check: bool) -> None:
-        weight: Any = self.get_base_layer().weight
-        merged = (weight.data + delta.to(weight.device)).to(weight.dtype)
+        layer = self.get_base_layer()
+        weight = read_weight(layer)
+        merged = (weight + delta.to(weight.device)).to(weight.dtype)
         if check and not torch.isfinite(merged).all():
             raise ValueError(
-                f"NaN or infinity found in the merged weights; the adapter {adapter_name} seems to be broken. Nothing "
-                "was merged into this layer."
+                f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: NaN or infinity "
+                "was found, and nothing was merged into this layer."
             )
-        weight.data = merged
+        former = write_weight(layer, merged)
+        self._former_weight = self._former_weight or former
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters:

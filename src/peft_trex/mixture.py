@@ -1,7 +1,8 @@
 """The mixture of rank-one experts as pure functions on tensors: the readable reference of the method.
 
 Axis legend: T tokens (any leading axes), D_in and D_out the layer's widths, r_a input vectors, r_b output vectors,
-E experts (r_a * r_b in the grid layout, r_a = r_b in the paired one), K clusters, B prompts of a batch.
+E experts (r_a * r_b in the grid layout, r_a = r_b in the paired one), K clusters, B prompts of a batch, Q the rank
+of a reduced router.
 
 Source: T-REX, arXiv 2404.08985.
 """
@@ -28,6 +29,7 @@ def expert_weights(
     prior: Tensor | None = None,
     omega_logit: Tensor | None = None,
     *,
+    router_down: Tensor | None = None,
     token_scale: float,
     prior_scale: float = 4.0,
     temperature: float = 100.0,
@@ -41,7 +43,8 @@ def expert_weights(
     omega = None if omega_logit is None else torch.sigmoid(temperature * omega_logit.to(dtype))  # (1,)
     G: Tensor | None = None
     if router is not None:
-        token = torch.softmax(F.linear(x, router), dim=-1, dtype=dtype)  # (..., E)
+        routed = x if router_down is None else F.linear(x, router_down)  # (..., D_in or Q)
+        token = torch.softmax(F.linear(routed, router), dim=-1, dtype=dtype)  # (..., E)
         G = token_scale * token if omega is None else omega * token_scale * token
     if prior is not None:
         if prior.dim() == 2:  # one row a prompt holds for all of its tokens
@@ -63,6 +66,7 @@ def rank_one_mixture(
     omega_logit: Tensor | None = None,
     gate_logit: Tensor | None = None,
     *,
+    router_down: Tensor | None = None,
     token_scale: float,
     prior_scale: float = 4.0,
     temperature: float = 100.0,
@@ -80,6 +84,8 @@ def rank_one_mixture(
         omega_logit: one element; omega = sigmoid(temperature * omega_logit) shares the weight between token (omega)
             and prior (1 - omega). None leaves the factor out of both.
         gate_logit: one element; gate = sigmoid(temperature * gate_logit) scales the output. None leaves it out.
+        router_down: (Q, D_in), the lower factor of a reduced router, of which `router` is then the upper one, (E, Q);
+            R is their product (ours, not the paper's).
         token_scale: c_token of the paper; the number of experts makes the mean expert's weight 1.
         prior_scale: c_prior of the paper.
         temperature: of both sigmoids.
@@ -92,9 +98,16 @@ def rank_one_mixture(
     Raises:
         ValueError: for shapes that do not fit each other, an unknown layout, or neither router nor prior.
     """
-    _check_shapes(x, A, B, router, prior, layout)
+    _check_shapes(x, A, B, router, router_down, prior, layout)
     G = expert_weights(
-        x, router, prior, omega_logit, token_scale=token_scale, prior_scale=prior_scale, temperature=temperature
+        x,
+        router,
+        prior,
+        omega_logit,
+        router_down=router_down,
+        token_scale=token_scale,
+        prior_scale=prior_scale,
+        temperature=temperature,
     )  # (..., E)
     a = F.linear(x, A)  # (..., r_a)
     if layout == "grid":
@@ -141,7 +154,15 @@ def mean_delta_weight(
     return B.to(core.dtype) @ core @ A.to(core.dtype)
 
 
-def _check_shapes(x: Tensor, A: Tensor, B: Tensor, router: Tensor | None, prior: Tensor | None, layout: str) -> None:
+def _check_shapes(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    router: Tensor | None,
+    router_down: Tensor | None,
+    prior: Tensor | None,
+    layout: str,
+) -> None:
     if layout not in ("grid", "paired"):
         raise ValueError(f"layout={layout!r} is unknown; use 'grid' or 'paired'.")
     if A.dim() != 2 or A.shape[1] != x.shape[-1]:
@@ -152,8 +173,17 @@ def _check_shapes(x: Tensor, A: Tensor, B: Tensor, router: Tensor | None, prior:
     if layout == "paired" and r_a != r_b:
         raise ValueError(f"The paired layout needs as many rows in A as columns in B; got {r_a} and {r_b}.")
     experts = num_experts(r_a, r_b, layout)  # type: ignore[arg-type]
-    if router is not None and tuple(router.shape) != (experts, x.shape[-1]):
-        raise ValueError(f"router has shape {tuple(router.shape)}; expected (E, D_in) = {(experts, x.shape[-1])}.")
+    if router_down is not None and (router is None or router_down.dim() != 2 or router_down.shape[1] != x.shape[-1]):
+        raise ValueError(
+            f"router_down has shape {tuple(router_down.shape)}; expected (Q, D_in) with D_in = {x.shape[-1]}, and a "
+            "router (E, Q) with it."
+        )
+    width = x.shape[-1] if router_down is None else router_down.shape[0]
+    if router is not None and tuple(router.shape) != (experts, width):
+        raise ValueError(
+            f"router has shape {tuple(router.shape)}; expected (E, {'D_in' if router_down is None else 'Q'}) = "
+            f"{(experts, width)}."
+        )
     if prior is None:
         return
     if prior.shape[-1] != experts or prior.dim() > x.dim() or (prior.dim() != 2 and (prior.dim(), x.dim()) != (3, 3)):

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import TaskType
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -19,9 +19,12 @@ from .config import TRexConfig
 from .layer import Linear, TRexLayer
 from .prior import PriorChannel, SemanticPrior
 from .prompts import PromptWatch
+from .quantized import check_mergeable, include_quantised, keep_trainable, release, scheme_of
+from .targets import check_fused_experts, leave_out
 
-# heads that PEFT adds to modules_to_save only after it has looked for linear layers
-HEADS = {TaskType.TOKEN_CLS: ("classifier", "score"), TaskType.QUESTION_ANS: ("qa_outputs",)}
+# TRL's trainers that go on with an adapter (DPO and its kin) add one of this name, with the very configuration of
+# "default", and copy to it what is called `*.default.*`: that misses parameters in a ParameterDict, and buffers
+REFERENCE = "ref"
 
 
 class TRexModel(BaseTuner):
@@ -60,15 +63,17 @@ class TRexModel(BaseTuner):
         # the paper adapts all linear layers, whatever the architecture, so there is no table of model types
         if peft_config.target_modules is None:
             peft_config.target_modules = "all-linear"
-        if peft_config.target_modules == "all-linear":
-            heads = [name for name in HEADS.get(peft_config.task_type, ()) if hasattr(self.model, name)]
-            if heads and isinstance(peft_config.exclude_modules, str):
-                peft_config.exclude_modules = f"{peft_config.exclude_modules}|{'|'.join(heads)}"
-            elif heads:  # PEFT trains them in full, but would find them among the linear layers too
-                peft_config.exclude_modules = {*(peft_config.exclude_modules or ()), *heads}
+        leave_out(peft_config, self.model)
+        check_fused_experts(peft_config, self.model)
+        include_quantised(peft_config, self.model)
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if not adapter_name or "." in adapter_name:  # found out halfway, PyTorch's own error would leave half of it
+            raise ValueError(
+                f"The adapter cannot be called {adapter_name!r}: its name becomes part of parameters' names, and must "
+                "be neither empty nor hold a dot."
+            )
         # a prior belongs to the model; its layers, which are built here, find it through the channel
         config, embedding = self.config_of(adapter_name), self.input_embedding()
         self._forget_prior(adapter_name)
@@ -77,15 +82,22 @@ class TRexModel(BaseTuner):
             prior = SemanticPrior(config.num_clusters, dim)
             if embedding is not None and embedding.weight.device.type != "meta":
                 prior.to(embedding.weight.device)
+            prior.look()  # now, because a compiled forward could not
             self.trex_prior[adapter_name] = prior
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             self._forget_prior(adapter_name)
-            if set(self.peft_config) <= {adapter_name}:  # a base model that is tried again must not keep half of it
+            # a base model that is tried again must not keep half of it
+            if set(self.peft_config) <= {adapter_name}:
                 super()._unload_and_optionally_merge(merge=False)
+            else:
+                delete_adapter(self.model, adapter_name, self.prefix, self.tuner_layer_cls)
             raise
+        if adapter_name == REFERENCE and self.peft_config.get("default") is config:
+            self._copy_adapter("default", REFERENCE)
         self.prompts.attach()
+        keep_trainable(model)
 
     def _create_and_replace(
         self,
@@ -101,11 +113,17 @@ class TRexModel(BaseTuner):
             target.update_layer(adapter_name, peft_config)
             return
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not isinstance(base_layer, (nn.Linear, Conv1D)) or not base_layer.weight.is_floating_point():
+        plain = isinstance(base_layer, (nn.Linear, Conv1D)) and base_layer.weight.is_floating_point()
+        if not plain and scheme_of(base_layer) is None:
             raise ValueError(
                 f"The target module {current_key} is a {type(base_layer).__name__}; T-REX adapts torch.nn.Linear and "
-                "transformers' Conv1D with floating-point weights. Name such layers in target_modules, or leave this "
-                "one out with exclude_modules."
+                "transformers' Conv1D with floating-point weights, and quantised layers that PEFT knows. Name such "
+                "layers in target_modules, or leave this one out with exclude_modules."
+            )
+        if isinstance(parent, nn.MultiheadAttention):  # which reads the weight, and never calls the layer
+            raise ValueError(
+                f"The target module {current_key} belongs to a torch.nn.MultiheadAttention, which would pass the "
+                "adapter by in silence. Leave it out with exclude_modules."
             )
         new_module = Linear(target, adapter_name, peft_config, self.prompts.channel)
         if adapter_name not in self.active_adapters:
@@ -113,30 +131,58 @@ class TRexModel(BaseTuner):
         self._replace_module(parent, target_name, new_module, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT looks for the weight of what it unwraps, which a module that was trained in full need not have
-        if isinstance(child, AuxiliaryTrainingWrapper):
+        # PEFT looks for the weight of what it unwraps, which a module trained in full, or quantised, need not have
+        if isinstance(child, AuxiliaryTrainingWrapper) or not isinstance(new_module, TRexLayer):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(
+            "T-REX adapters cannot be averaged into one: each has a router and clusters of its own. set_adapter with "
+            "a list of names runs several at once and adds their outputs."
+        )
+
     def delete_adapter(self, adapter_name: str) -> None:
-        # the layers' own clean-up does not reach what belongs to the model
+        was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
+        # the layers' own clean-up does not reach what belongs to the model
         self._forget_prior(adapter_name)
+        if was_active and self.peft_config:  # and each layer chose by itself, among its own, which one takes over
+            self.set_adapter(self.active_adapters or [next(iter(self.peft_config))])
 
     def _check_merge_allowed(self) -> None:
         # PEFT asks once per merge, which makes this the place for a warning that should not come from every layer
         super()._check_merge_allowed()
+        quantised = set()  # all are looked at before any is touched
+        for path, layer in self.model.named_modules():
+            if isinstance(layer, TRexLayer) and not set(self.active_adapters).isdisjoint(layer.trex_A):
+                quantised.add(check_mergeable(layer.get_base_layer(), path))
+        names = ", ".join(sorted(scheme.name for scheme in quantised if scheme is not None))
+        if names:
+            warnings.warn(
+                f"The merged weights are quantised anew ({names}), which rounds them: the outputs differ more from "
+                "the adapter's than its approximation explains. A base model that is loaded without quantisation "
+                "takes it up without that.",
+                stacklevel=3,
+            )
         warnings.warn(
             "T-REX depends on its input, so no static weight equals it. The adapter is merged approximately, with its "
             "mean routing: uniform over the experts for the tokens, the training prompts' mean scores for the prior.",
             stacklevel=3,
         )
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        # PEFT puts the innermost layer in a T-REX layer's place, and drops another method's adapter between the two
+        between = [layer.base_layer for layer in self.model.modules() if isinstance(layer, TRexLayer)]
+        if merge:
+            for layer in between:
+                if isinstance(layer, BaseTunerLayer):
+                    layer.merge(safe_merge=kwargs.get("safe_merge", False), adapter_names=kwargs.get("adapter_names"))
         # the base model leaves as it came, without the hooks that watch it
-        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         self.prompts.detach()
+        release(model)
         return model
 
     @contextmanager
@@ -157,9 +203,10 @@ class TRexModel(BaseTuner):
         loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         # an adapter may be called like a part of a module's name, so that only its place in the key tells
         own_key = re.compile(rf"\.{cls.prefix}\w+\.{re.escape(adapter_name)}(\.\w+)?$")
-        own = {key for key in model.state_dict() if own_key.search(key)}
-        given = {key for key in loaded if f".{cls.prefix}" in key}
-        for what, keys in (("lacks", sorted(own - given)), ("holds unknown", sorted(given - own))):
+        known = set(model.state_dict())  # a module of the base model, trained in full, may carry the prefix as well
+        own = {key for key in known if own_key.search(key)}
+        unknown = {key for key in set(loaded) - known if f".{cls.prefix}" in key}
+        for what, keys in (("lacks", sorted(own - set(loaded))), ("holds unknown", sorted(unknown))):
             if keys:
                 raise ValueError(
                     f"The adapter file {what} {len(keys)} T-REX tensors, such as {keys[0]}; the adapter has "
@@ -171,7 +218,11 @@ class TRexModel(BaseTuner):
 
     def config_of(self, adapter_name: str) -> TRexConfig:
         config = self.peft_config[adapter_name]
-        assert isinstance(config, TRexConfig)
+        if not isinstance(config, TRexConfig):  # PEFT warns of a second method on a model, and lets it take the name
+            raise ValueError(
+                f"The adapter {adapter_name!r} was a T-REX adapter, and another method has taken its name: its "
+                f"configuration is a {type(config).__name__} now. Give the second adapter_name to get_peft_model."
+            )
         return config
 
     def prior_of(self, adapter_name: str) -> SemanticPrior | None:
@@ -179,6 +230,18 @@ class TRexModel(BaseTuner):
         prior = self.trex_prior[adapter_name] if adapter_name in self.trex_prior else None
         assert prior is None or isinstance(prior, SemanticPrior)
         return prior
+
+    @torch.no_grad()
+    def _copy_adapter(self, source: str, target: str) -> None:
+        """Give an adapter the values of another one of the same configuration, its prior's included."""
+        for layer in self.modules():
+            if isinstance(layer, TRexLayer) and source in layer.trex_A:
+                for name in layer.adapter_layer_names:
+                    parameters = getattr(layer, name)
+                    if source in parameters:
+                        parameters[target].copy_(parameters[source])
+        if source in self.trex_prior:
+            self.trex_prior[target].load_state_dict(self.trex_prior[source].state_dict())
 
     def _forget_prior(self, adapter_name: str) -> None:
         if adapter_name in self.trex_prior:

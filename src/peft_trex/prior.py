@@ -36,7 +36,7 @@ class SemanticPrior(nn.Module):
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("mean_scores", torch.zeros(num_clusters))
         self._fitted: bool | None = None
-        self.register_load_state_dict_pre_hook(_forget_fitted)
+        self.register_load_state_dict_post_hook(SemanticPrior.look)
 
     @property
     def dim(self) -> int:
@@ -44,10 +44,14 @@ class SemanticPrior(nn.Module):
 
     @property
     def fitted(self) -> bool:
-        """Whether the centroids are known. Read off them once, since on a GPU each look would wait for the device."""
+        """Whether the centroids are known."""
         if self._fitted is None:
-            self._fitted = bool(self.centroids.any())
-        return self._fitted
+            self.look()
+        return bool(self._fitted)
+
+    def look(self, *_: Any) -> None:
+        """Read off the centroids whether they are known: once, since on a GPU each look would wait for the device."""
+        self._fitted = None if self.centroids.is_meta else bool(self.centroids.any())
 
     @torch.no_grad()
     def set(self, centroids: Tensor, mean: Tensor, mean_scores: Tensor) -> None:
@@ -55,7 +59,7 @@ class SemanticPrior(nn.Module):
         self.centroids.copy_(F.normalize(centroids, dim=-1))
         self.mean.copy_(mean)
         self.mean_scores.copy_(mean_scores)
-        self._fitted = None
+        self.look()
 
     @torch.no_grad()
     def score(self, embedding: Tensor) -> Tensor:
@@ -66,53 +70,11 @@ class SemanticPrior(nn.Module):
             return unit @ self.centroids.to(device).float().T
 
 
-def _forget_fitted(module: nn.Module, *_: Any) -> None:
-    module._fitted = None  # type: ignore[assignment]
-
-
-def prompt_mask(tokens: Tensor, attention_mask: Any, labels: Any) -> tuple[Tensor, bool]:
-    """Which of the tokens (B, T) belong to the prompt: (B, T) bool, and whether every row's labels told.
-
-    Those attended to and, where `labels` of the same shape are given, with label -100. A row whose labels leave no
-    token for the prompt counts whole, and the second value is False.
-    """
-    if tokens.dim() != 2:
-        raise ValueError(f"The input has the axes {tuple(tokens.shape)}; T-REX finds prompts in (B, T) tokens only.")
-    rows, length = tokens.shape
-    if attention_mask is None:
-        attended = torch.ones(rows, length, dtype=torch.bool, device=tokens.device)
-    elif (
-        not isinstance(attention_mask, Tensor)
-        or attention_mask.dim() != 2
-        or attention_mask.shape[0] != rows
-        or attention_mask.shape[1] < length
-    ):
-        shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
-        raise ValueError(
-            f"attention_mask is {shape} for {rows} rows of {length} tokens; to find the prompt, T-REX needs a mask of "
-            f"shape (B, T) = {(rows, length)}."
-        )
-    else:
-        attended = attention_mask[:, -length:].to(tokens.device) > 0  # a mask that is longer covers a cache too
-    if labels is None or labels.shape != tokens.shape:
-        return attended, True
-    prompt = attended & (labels.to(tokens.device) == -100)
-    told = prompt.any(-1)
-    return torch.where(told[:, None], prompt, attended), bool(told.all())
-
-
-def pool(embeddings: Tensor, mask: Tensor) -> Tensor:
-    """Mean (B, d), float32, of the token embeddings (B, T, d) that `mask` (B, T) selects; zero for an empty row."""
-    weights = mask.to(torch.float32)
-    picked = embeddings.float().masked_fill(~mask[..., None], 0.0)
-    return picked.sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
-
-
 @dataclass(frozen=True)
 class ForwardPrior:
     """The prior of one forward: for each active adapter the scores of every row, or None where they count as zero."""
 
-    scores: Mapping[str, Tensor | None]  # (B, K) each
+    scores: Mapping[str, Tensor | None]  # (B, K) each, or (B, T, K) where a row holds several prompts
     rows: int  # B
     lengths: frozenset[int] = field(default=frozenset())  # tokens in a row, to know flattened layer inputs by
 
@@ -136,9 +98,10 @@ class ForwardPrior:
 class _Running(threading.local):
     """What runs now, in each thread by itself: servers call one model from several. A copy starts with nothing."""
 
-    prior: ForwardPrior | None = None  # of the forward
-    owner: nn.Module | None = None  # the module whose forward it is
-    generation: ForwardPrior | None = None  # of the generate call around it
+    def __init__(self) -> None:  # for each thread anew; torch.compile goes wrong on attributes of the class
+        self.prior: ForwardPrior | None = None  # of the forward
+        self.owner: nn.Module | None = None  # the module whose forward it is
+        self.generation: ForwardPrior | None = None  # of the generate call around it
 
     def __deepcopy__(self, memo: Any) -> _Running:
         return _Running()
@@ -174,7 +137,7 @@ class PriorChannel:
         return self.priors[adapter_name].mean_scores if self.fitted(adapter_name) else None  # type: ignore[return-value]
 
     def scores(self, adapter_name: str, x: Tensor) -> Tensor | None:
-        """Scores (B, K) or (1, K) that go with a layer's input `x` (B, ..., D_in); None counts as zero."""
+        """Scores (B, K), (1, K) or (B, T, K) that go with a layer's input `x` (B, ..., D_in); None counts as zero."""
         running = self.running.prior
         if running is None:
             if not self.fitted(adapter_name):
@@ -189,9 +152,14 @@ class PriorChannel:
             return None
         scores = scores.to(x.device)  # which is another one in a model that is spread over several
         rows = scores.shape[0]
-        if rows in (1, x.shape[0]):
+        if scores.dim() == 3:  # for each token its own
+            if x.shape[:-1] == scores.shape[:-1]:
+                return scores
+            if x.dim() == 2 and x.shape[0] == rows * scores.shape[1]:
+                return scores.flatten(0, 1)
+        elif rows in (1, x.shape[0]):
             return scores
-        if x.dim() == 2 and any(x.shape[0] == rows * length for length in running.lengths):
+        elif x.dim() == 2 and any(x.shape[0] == rows * length for length in running.lengths):
             return scores.repeat_interleave(x.shape[0] // rows, dim=0)  # (B * T, D_in), row by row
         raise ValueError(
             f"A T-REX layer got an input of shape {tuple(x.shape)} in a forward of {rows} prompts; it cannot tell "

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-from peft.utils import TaskType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .layer import TRexLayer
-from .prior import CheckpointWithPrior, ForwardPrior, PriorChannel, SemanticPrior, pool, prompt_mask
+from .prior import CheckpointWithPrior, ForwardPrior, PriorChannel
+from .scoring import ANSWERS, EMBEDS, PromptScorer
 
 if TYPE_CHECKING:
     from .model import TRexModel
 
-EMBEDS = "semantic_embeds"
 # A key-value cache, or an encoder's output, carries the prior of the prompt it was computed from under this name.
 KEPT_PRIOR = "_trex_prior"
 CACHES = ("past_key_values", "cache_params")
@@ -41,11 +38,11 @@ class PromptWatch:
     def __init__(self, tuner: TRexModel, channel: PriorChannel) -> None:
         self.tuner = tuner
         self.channel = channel
+        self.scorer = PromptScorer(tuner)
         self._handles: list[Any] = []
         self._checkpointed: list[Any] = []  # modules that transformers may run under gradient checkpointing
         self._base_generate: Any = None
         self._generate_was_own = False
-        self._warned: set[str] = set()
 
     def attach(self) -> None:
         """Start to watch the base model; nothing happens if that is so already."""
@@ -84,50 +81,6 @@ class PromptWatch:
             del base.generate
         self._handles, self._checkpointed, self._base_generate = [], [], None
 
-    @torch.no_grad()
-    def embed(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Mean input embedding of each prompt, (B, d) float32, and whether the row has any prompt token, (B,) bool.
-
-        Args:
-            inputs: what the model's forward gets: `input_ids` (B, T) or `inputs_embeds` (B, T, d), and optionally
-                `attention_mask` (B, T) and, for a causal language model, `labels` (B, T).
-        """
-        embedding = self.tuner.input_embedding()
-        ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-        if embeds is None and ids is not None and embedding is not None:
-            if not isinstance(ids, Tensor):
-                raise TypeError(f"input_ids is a {type(ids).__name__}; expected a tensor of token ids (B, T).")
-            training, embedding.training = embedding.training, False  # NEFTune adds noise to it in training
-            try:
-                embeds = embedding(ids.to(embedding.weight.device))
-            finally:
-                embedding.training = training
-        if embeds is None:
-            raise ValueError(
-                "T-REX computes the prior from the prompt's tokens, but got neither input_ids nor inputs_embeds (only "
-                f"{sorted(key for key, value in inputs.items() if value is not None)}). Pass them, an encoder's own "
-                "output object, or use prior_encoder='external'."
-            )
-        labels = inputs.get("labels") if self._is_causal() else None
-        mask, told = prompt_mask(embeds[..., 0], inputs.get("attention_mask"), labels)
-        if not told:
-            self._warn_once(
-                "labels",
-                "The labels leave some rows without a prompt (no label is -100), so the whole row counts as its "
-                "prompt, answer included. Set the prompt's labels to -100 for a prior that does not see the answer.",
-            )
-        return pool(embeds, mask), mask.any(-1)
-
-    def _is_causal(self) -> bool:
-        """Whether labels that stand beside the input mark an answer; in an encoder they mark something else."""
-        base = self.tuner.model
-        if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
-            return False
-        tasks = {self.tuner.config_of(name).task_type for name in self.tuner.active_adapters} - {None}
-        if tasks:
-            return TaskType.CAUSAL_LM in tasks
-        return isinstance(base, PreTrainedModel) and base.can_generate()
-
     def _adapters(self) -> list[str]:
         """Active adapters that use a prior, while adapters are enabled and not merged."""
         layers = (module for module in self.tuner.model.modules() if isinstance(module, TRexLayer))
@@ -135,31 +88,9 @@ class PromptWatch:
             return []
         return [name for name in self.tuner.active_adapters if self.tuner.config_of(name).use_prior]
 
-    def _score(self, inputs: Mapping[str, Any], embeds: Any, adapters: list[str], rows: int) -> ForwardPrior:
-        """Score the prompts of a forward, or of a generate call, for each of the adapters."""
-        external = [name for name in adapters if self.tuner.config_of(name).prior_encoder == "external"]
-        if embeds is not None and not external:
-            raise ValueError(
-                f"{EMBEDS} was given, but the active adapters {adapters} compute the prior from the input embeddings; "
-                "leave it out, or train with prior_encoder='external'."
-            )
-        scores: dict[str, Tensor | None] = {}
-        embedded: tuple[Tensor, Tensor] | None = None
-        for name in adapters:
-            prior = self.tuner.prior_of(name)
-            if prior is None or not prior.fitted:
-                self._warn_unfitted(name, prior)
-                scores[name] = None
-            elif name in external:
-                scores[name] = prior.score(_check_embeds(name, embeds, rows, prior.dim))
-            else:
-                embedded = embedded or self.embed(inputs)
-                scores[name] = prior.score(embedded[0]) * embedded[1][:, None]
-        return ForwardPrior(scores, rows)
-
     def _open(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Before a forward: find its prior; `semantic_embeds` is not the base model's and is taken out."""
-        embeds = kwargs.pop(EMBEDS, None)
+        """Before a forward: find its prior; `semantic_embeds` and `completion_mask` are ours and are taken out."""
+        embeds, completion_mask = kwargs.pop(EMBEDS, None), kwargs.pop("completion_mask", None)
         running = self.channel.running
         if running.owner is module:  # its last forward was interrupted, and never closed
             running.owner = running.prior = None
@@ -168,15 +99,15 @@ class PromptWatch:
         adapters = self._adapters()
         if not adapters:
             return args, kwargs
-        inputs: dict[str, Any] = kwargs
-        if args:
-            inputs = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+        named = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) if args else {}
+        inputs: dict[str, Any] = {**named, **kwargs, "completion_mask": completion_mask}
         rows, lengths = _batch_shape(inputs)
         prior = running.generation or self._kept(inputs, adapters)
         if prior is None:
-            prior = self._score(inputs, embeds, adapters, rows)
-            if module.training and inputs.get("labels") is None and self._is_causal():
-                self._warn_without_labels(prior)
+            prior = self.scorer.score(inputs, embeds, adapters, rows)
+            if module.training and self.scorer.is_causal() and not any(_given(inputs, name) for name in ANSWERS):
+                self.scorer.warn_without_labels(prior)
+        self._check_images(inputs, rows)
         running.prior = prior.for_call(rows, lengths)
         running.owner = module
         for checkpointed in self._checkpointed:
@@ -185,6 +116,29 @@ class PromptWatch:
                 if checkpoint is not None and not isinstance(checkpoint, CheckpointWithPrior):
                     setattr(checkpointed, CHECKPOINT, CheckpointWithPrior(checkpoint, self.channel))
         return args, kwargs
+
+    def _check_images(self, inputs: Mapping[str, Any], rows: int) -> None:
+        """Refuse images that are no row's own: a layer that sees them one below the other would take them for rows."""
+        ids, base = inputs.get("input_ids"), self.tuner.model
+        token = getattr(getattr(base, "config", None), "image_token_id", None)
+        if token is None or rows == 1 or not isinstance(ids, Tensor) or inputs.get("pixel_values") is None:
+            return
+        counts = (ids == token).sum(-1)
+        if (counts == counts[0]).all():
+            return
+        embedding = self.tuner.input_embedding()
+        head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
+        parts = [part for part in base.modules() if isinstance(part, PreTrainedModel)]
+        text = [set(part.modules()) for part in parts if any(module is embedding for module in part.modules())]
+        inside = {head, *min(text, key=len)} if text else set()
+        layers = (name for name, layer in base.named_modules() if isinstance(layer, TRexLayer) and layer not in inside)
+        outside = next(layers, None)
+        if outside is not None:
+            raise ValueError(
+                f"The prompts hold different numbers of image tokens, {counts.tolist()}, so the layer {outside} "
+                "cannot tell which prompt an image belongs to. Leave the layers that see images out with "
+                "exclude_modules, call the model with one prompt at a time, or set use_prior=False."
+            )
 
     def _close(self, module: nn.Module, args: tuple, output: Any) -> None:
         running = self.channel.running
@@ -198,13 +152,14 @@ class PromptWatch:
 
     def _kept(self, inputs: Mapping[str, Any], adapters: list[str]) -> ForwardPrior | None:
         """The prior of the prompt that a cache, or an encoder's output, among the inputs was computed from."""
-        caches = [cache for name in CACHES if (cache := inputs.get(name)) is not None and _cached_tokens(cache) != 0]
+        caches = [inputs[name] for name in CACHES if inputs.get(name) is not None]
+        caches = [cache for cache in caches if _cached_tokens(cache) != 0]
         for source in (*caches, inputs.get("encoder_outputs")):
             prior = getattr(source, KEPT_PRIOR, None)
             if prior is not None and set(adapters) <= set(prior.scores):
                 return prior
         if caches:
-            self._warn_once(
+            self.scorer.warn_once(
                 "cache",
                 "A forward goes on from a cache whose prompt T-REX did not see; the prior is computed from the tokens "
                 "of this call alone. Use generate, or run the prompt through the same model first.",
@@ -229,6 +184,7 @@ class PromptWatch:
     ) -> ForwardPrior:
         """The prior for a whole generate call, from its arguments."""
         inputs = {key: kwargs.get(key) for key in ("input_ids", "inputs_embeds", "attention_mask")}
+        whole = dict.fromkeys((*ANSWERS, "position_ids"))  # all that generate gets is prompt
         if inputs["input_ids"] is None:
             inputs["input_ids"] = args[0] if args else kwargs.get("inputs")
         tokens = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
@@ -246,7 +202,9 @@ class PromptWatch:
             return ForwardPrior(dict.fromkeys(adapters), 1)  # starts from nothing: an empty prompt has no prior
         if mask is None and inputs["input_ids"] is not None:
             inputs["attention_mask"] = self._infer_attention_mask(inputs["input_ids"], kwargs)
-        return self._score({**kwargs, **inputs}, embeds, adapters, _batch_shape({**inputs, EMBEDS: embeds})[0])
+        rows, _ = _batch_shape({**inputs, EMBEDS: embeds})
+        self._check_images({**kwargs, **inputs}, rows)
+        return self.scorer.score({**kwargs, **inputs, **whole}, embeds, adapters, rows)
 
     def _infer_attention_mask(self, prompt: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
         """What transformers takes where none is given: padding equals the pad token, if that is not an end token."""
@@ -256,47 +214,10 @@ class PromptWatch:
         ends = end if isinstance(end, (list, tuple)) else [end]
         return None if pad is None or pad in ends else prompt != pad
 
-    def _warn_without_labels(self, prior: ForwardPrior) -> None:
-        known = [name for name, scores in prior.scores.items() if scores is not None]
-        if any(self.tuner.config_of(name).prior_encoder == "input_embeddings" for name in known):
-            self._warn_once(
-                "no labels",
-                "A training forward got no labels, so all its tokens count as the prompt, an answer included. "
-                "label_smoothing_factor, compute_loss_func and losses of one's own take the labels away.",
-            )
 
-    def _warn_unfitted(self, adapter_name: str, prior: SemanticPrior | None) -> None:
-        advice = "call initialize_trex_prior before training, or give the Trainer a TRexPriorCallback"
-        if prior is None:
-            advice = (
-                "this model has no token embedding to compute it from. Set use_prior=False, or use "
-                "prior_encoder='external'"
-            )
-        self._warn_once(
-            f"unfitted {adapter_name}",
-            f"The semantic prior of the adapter {adapter_name!r} is not fitted and counts as zero: {advice}.",
-        )
-
-    def _warn_once(self, key: str, message: str) -> None:
-        if key not in self._warned:
-            self._warned.add(key)
-            warnings.warn(message, stacklevel=2)
-
-
-def _check_embeds(adapter_name: str, embeds: Any, rows: int, dim: int) -> Tensor:
-    wanted = f"expected a tensor of shape (B, prior_dim) = {(rows, dim)}, one embedding for each prompt"
-    if embeds is None:
-        raise ValueError(
-            f"{EMBEDS} is missing: the adapter {adapter_name!r} has prior_encoder='external', so each forward and "
-            f"generate needs it; {wanted}. A Trainer passes it on with remove_unused_columns=False."
-        )
-    if not isinstance(embeds, Tensor):
-        raise TypeError(f"{EMBEDS} is a {type(embeds).__name__}; {wanted}.")
-    if tuple(embeds.shape) != (rows, dim):
-        raise ValueError(f"{EMBEDS} has shape {tuple(embeds.shape)}; {wanted}.")
-    if not torch.isfinite(embeds).all():
-        raise ValueError(f"{EMBEDS} holds NaN or infinity; {wanted}, finite.")
-    return embeds
+def _given(inputs: Mapping[str, Any], name: str) -> bool:
+    value = inputs.get(name)
+    return value is not None and not (isinstance(value, int) and value < 2)  # logits_to_keep=0 or 1 tells nothing
 
 
 def _cached_tokens(cache: Any) -> int | None:

@@ -1,0 +1,293 @@
+"""Base layers whose weight is not a plain floating-point tensor.
+
+An adapter adds its output to the base layer's, whatever that layer is; what differs is how a merge reads and writes
+the weight. One table says it for each kind, or why it cannot be done. Kinds are told by the names of their classes, so
+that no quantisation library is imported to ask.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.integrations import dequantize_bnb_weight
+from torch import Tensor, nn
+
+PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # an 8-bit float has a scale elsewhere
+PACKING = "support_avx512bf16_for_cpu"  # of bitsandbytes' Linear4bit
+ADVICE = "Use the adapter unmerged, or merge it into the base model loaded without quantisation."
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A kind of quantised layer: its name, and how its weight is read as a float tensor (D_out, D_in) and written."""
+
+    name: str
+    read: Callable[[Any], Tensor] | None = None
+    write: Callable[[Any, Tensor], None] | None = None
+    fields: tuple[str, ...] = ("weight",)  # the layer's attributes that `write` sets
+    obstacle: str = ""  # why there is no `write`
+
+
+def _read_4bit(layer: Any) -> Tensor:
+    if layer.weight.quant_state is None:
+        raise ValueError("A Linear4bit is not quantised yet, which it is once moved to a device: model.to(device).")
+    return dequantize_bnb_weight(layer.weight)
+
+
+def _write_4bit(layer: Any, weight: Tensor) -> None:
+    old = layer.weight
+    names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+    settings = {name: getattr(old, name) for name in names}
+    new = type(old)(weight.cpu(), requires_grad=False, module=layer, **settings)
+    layer.weight = new.to(old.device)  # which quantises, and sets the layer's quant_state
+
+
+def _read_8bit(layer: Any) -> Tensor:
+    weight = layer.weight
+    return weight.data if weight.is_floating_point() else dequantize_bnb_weight(weight, state=layer.state)
+
+
+def _write_8bit(layer: Any, weight: Tensor) -> None:
+    old = layer.weight
+    if old.SCB is None and not old.has_fp16_weights:  # the first forward moved them to the layer's state
+        old.CB, old.SCB = old.data, layer.state.SCB
+    new = type(old)(weight.cpu(), requires_grad=old.requires_grad, has_fp16_weights=old.has_fp16_weights)
+    layer.weight = new.to(old.device)
+    layer.state.reset_grads()
+
+
+def _write_hqq(layer: Any, weight: Tensor) -> None:
+    if layer.quant_config is None:
+        raise ValueError(f"An HQQLinear does not say how it was quantised (its quant_config is None). {ADVICE}")
+    config = copy.deepcopy(layer.quant_config)
+    new = type(layer)(
+        None,
+        {**copy.deepcopy(config), "offload_meta": layer.offload_meta},
+        compute_dtype=layer.compute_dtype,
+        device=layer.device,
+    )
+    new.quantize(weight, **config)
+    layer.W_q, layer.meta = new.W_q, new.meta
+
+
+def _read_torchao(layer: Any) -> Tensor:
+    try:
+        return layer.weight.dequantize()
+    except (AttributeError, NotImplementedError) as error:
+        raise ValueError(f"torchao's {type(layer.weight).__name__} cannot be dequantised. {ADVICE}") from error
+
+
+def _write_torchao(layer: Any, weight: Tensor) -> None:
+    old = layer.weight
+    kind = type(old)
+    if not hasattr(kind, "from_hp") or getattr(old, "act_pre_scale", None) is not None:
+        raise ValueError(f"torchao's {kind.__name__} cannot be quantised anew as it was. {ADVICE}")
+    # what is asked for under the name that the tensor keeps it by; the scales are those of the former weight
+    names = set(inspect.signature(kind.from_hp).parameters) - {"hp_tensor", "scale", "zero_point"}
+    settings = {name: getattr(old, name) for name in names if hasattr(old, name)}
+    if "granularity" in names:
+        granularity, size = import_module("torchao.quantization.granularity"), tuple(old.block_size)
+        if size == tuple(old.shape):
+            settings["granularity"] = granularity.PerTensor()
+        else:
+            row = size == (1, old.shape[1])
+            settings["granularity"] = granularity.PerRow() if row else granularity.PerGroup(size[1])
+    if "mapping_type" in names and old.zero_point is not None and old.zero_point.any():
+        settings["mapping_type"] = import_module("torchao.quantization").MappingType.ASYMMETRIC
+    if "float8_dtype" in names:
+        settings["float8_dtype"] = old.qdata.dtype
+    new = kind.from_hp(weight, **settings)
+    if tuple(new.block_size) != tuple(old.block_size):
+        raise ValueError(
+            f"torchao's {kind.__name__} has blocks of {tuple(old.block_size)}, but was quantised anew with "
+            f"{tuple(new.block_size)}. {ADVICE}"
+        )
+    layer.weight = nn.Parameter(new, requires_grad=False)
+
+
+def _read_quanto(layer: Any) -> Tensor:
+    return layer.weight.dequantize()
+
+
+def _write_quanto(layer: Any, weight: Tensor) -> None:
+    trained = layer.weight.requires_grad
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.freeze()  # quanto's word for quantising the weight
+    layer.weight.requires_grad_(trained)
+
+
+CALIBRATED = "its weight was fitted to calibration data, and cannot be quantised anew without them"
+ONE_WAY = "its library offers no way to quantise the sum anew"
+
+# "package.class", of the layer or of its weight
+SCHEMES = {
+    "bitsandbytes.Params4bit": Scheme("bitsandbytes 4-bit", _read_4bit, _write_4bit, ("weight", "quant_state")),
+    "bitsandbytes.Int8Params": Scheme("bitsandbytes 8-bit", _read_8bit, _write_8bit),
+    "hqq.HQQLinear": Scheme("HQQ", lambda layer: layer.dequantize(), _write_hqq, ("W_q", "meta")),
+    "torchao.TorchAOBaseTensor": Scheme("torchao", _read_torchao, _write_torchao),
+    "optimum.QTensor": Scheme("quanto", _read_quanto, _write_quanto),
+    "gptqmodel.AWQuantLinear": Scheme("AWQ", obstacle=CALIBRATED),
+    "gptqmodel.BaseQuantLinear": Scheme("GPTQ", obstacle=CALIBRATED),
+    "awq.WQLinear_GEMM": Scheme("AWQ", obstacle=CALIBRATED),
+    "aqlm.QuantizedLinear": Scheme("AQLM", obstacle=CALIBRATED),
+    "eetq.EetqLinear": Scheme("EETQ", obstacle=ONE_WAY),
+    "transformers.EetqLinear": Scheme("EETQ", obstacle=ONE_WAY),
+    "neural_compressor.PatchedLinear": Scheme("Intel Neural Compressor", obstacle=ONE_WAY),
+}
+
+
+def _kinds(thing: Any) -> Iterator[str]:
+    return (f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in type(thing).__mro__)
+
+
+def scheme_of(layer: nn.Module) -> Scheme | None:
+    """How a layer is quantised; None for one that is not, or in a way that is unknown."""
+    weight = layer._parameters.get("weight") if isinstance(layer, nn.Linear) else None  # not of an embedding
+    own = (*_kinds(layer), *_kinds(weight))
+    return next((SCHEMES[kind] for kind in own if kind in SCHEMES), None)
+
+
+def include_quantised(config: Any, model: nn.Module) -> None:
+    """Let "all-linear", where PEFT looks for `nn.Linear` alone, mean quantised layers of any class."""
+    targets: Any = config.target_modules
+    if not isinstance(targets, str) or targets.lower() != "all-linear":
+        return
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    others = {
+        name
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Linear) and module is not head and not name.startswith(adapted)
+        if scheme_of(module) is not None
+    }
+    if others:
+        _maybe_include_all_linear_layers(config, model)
+        config.target_modules |= others
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    weight = layer._parameters.get("weight")  # one that is computed from others is an attribute, lost when it is set
+    return weight is not None and type(weight.data) is Tensor and weight.dtype in PLAIN_DTYPES
+
+
+def check_mergeable(layer: nn.Module, path: str = "") -> Scheme | None:
+    """How the layer's weight has to be read and written, None for a plain one.
+
+    Raises:
+        ValueError: if an adapter cannot be merged into it.
+    """
+    scheme = scheme_of(layer)
+    what = f"{path}, a {type(layer).__name__}," if path else f"A {type(layer).__name__}"
+    if scheme is not None:
+        if scheme.write is None:
+            raise ValueError(f"{what} cannot take up an adapter ({scheme.name}): {scheme.obstacle}. {ADVICE}")
+        return scheme
+    if not _is_plain(layer):
+        weight = layer._parameters.get("weight")
+        found = "no parameter called weight" if weight is None else f"{type(weight.data).__name__} of {weight.dtype}"
+        known = sorted({scheme.name for scheme in SCHEMES.values() if scheme.write is not None})
+        raise ValueError(
+            f"{what} cannot take up an adapter: its weight is expected to be a plain tensor of float16, bfloat16, "
+            f"float32 or float64, or quantised by {', '.join(known)}; found {found}. {ADVICE}"
+        )
+    return None
+
+
+def read_weight(layer: Any) -> Tensor:
+    """The weight as a floating-point tensor in the layer's own layout, (D_out, D_in) if it is quantised."""
+    scheme = check_mergeable(layer)
+    return layer.weight.data if scheme is None or scheme.read is None else scheme.read(layer)
+
+
+def write_weight(layer: Any, weight: Tensor) -> dict[str, Any] | None:
+    """Replace the weight, quantising it as the former one was; what `restore_weight` needs to undo that exactly."""
+    scheme = check_mergeable(layer)
+    if scheme is None or scheme.write is None:
+        layer.weight.data = weight
+        return None
+    former = {name: getattr(layer, name) for name in scheme.fields}
+    scheme.write(layer, weight)
+    return former
+
+
+def restore_weight(layer: Any, former: dict[str, Any]) -> None:
+    """Undo `write_weight`, to the bit."""
+    for name, value in former.items():
+        here = getattr(layer, name)
+        moved = name == "weight" and value.device != here.device
+        setattr(layer, name, value.to(here.device) if moved else value)
+    if hasattr(layer, "state"):
+        layer.state.reset_grads()
+
+
+class _PassGradient(torch.autograd.Function):
+    """The gradient that a layer's own kernel does not compute: the one of its dequantised weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, output: Tensor, layer: nn.Module) -> Tensor:
+        ctx.layer, ctx.dtype = layer, x.dtype
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        try:
+            weight = read_weight(ctx.layer)
+        except ValueError as error:
+            raise RuntimeError(
+                f"A {type(ctx.layer).__name__} passes no gradient to its input, so that the layers before it would be "
+                "trained on wrong ones. Load the base model with a kernel or a quantisation that can be trained."
+            ) from error
+        return (grad.to(weight.dtype) @ weight).to(ctx.dtype), None, None
+
+
+def _pass_gradient(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    """Forward hook of a quantised layer: give its output a gradient where its kernel computes none."""
+    x = args[0] if args else next(iter(kwargs.values()))
+    if not torch.is_grad_enabled() or not x.requires_grad or output.requires_grad:
+        return output
+    return _PassGradient.apply(x, output, layer)
+
+
+def keep_trainable(model: nn.Module) -> None:
+    """See to it that gradients pass through the quantised layers of a model, adapted or not, as they should.
+
+    Some kernels compute none (torchao's, where they quantise the activations too), which would leave the layers before
+    with wrong gradients. And on a CPU with AVX512-BF16, bitsandbytes packs a 4-bit weight for good in a forward in
+    eval mode, after which a backward through it is wrong: this is turned off, and undone where it has happened.
+    """
+    for layer in model.modules():
+        quantised = scheme_of(layer) is not None or (isinstance(layer, nn.Linear) and not _is_plain(layer))
+        if quantised and _pass_gradient not in layer._forward_hooks.values():
+            layer.register_forward_hook(_pass_gradient, with_kwargs=True)
+        if hasattr(layer, PACKING):
+            setattr(layer, PACKING, False)
+            _unpack(layer)
+
+
+def release(model: nn.Module) -> None:
+    """Undo `keep_trainable` in a model that the adapters leave."""
+    for layer in model.modules():
+        for number in [number for number, hook in layer._forward_hooks.items() if hook is _pass_gradient]:
+            del layer._forward_hooks[number]
+            layer._forward_hooks_with_kwargs.pop(number, None)
+        if hasattr(layer, PACKING):
+            setattr(layer, PACKING, import_module("bitsandbytes.functional").has_avx512bf16())
+
+
+def _unpack(layer: Any) -> None:
+    state: Any = getattr(layer.weight, "quant_state", None)
+    if not getattr(state, "packing_format_for_cpu", False):
+        return
+    scales = state.absmax.T.reshape(-1).float()  # rounded to bfloat16 by the packing, which cannot be undone
+    state.original_nested = False  # else they would be rounded once more
+    unpack = import_module("bitsandbytes.functional")._convert_weight_packed_for_cpu_inverse
+    layer.weight.data, state = unpack(layer.weight.data, state)
+    state.absmax = scales  # which `unpack` leaves transposed
+    layer.weight.quant_state = layer.quant_state = state
