@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
-from conftest import PAD, adapted, make_llama, prompts
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from conftest import PAD, adapted, answered, make_llama, prompts
 from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
@@ -129,6 +131,7 @@ def test_gradient_checkpointing_and_accumulation_train_alike(tmp_path):
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "gradient_checkpointing": True},
     ):
         other = _trainer(adapted(), tmp_path, 3, **settings)
         other.train()
@@ -143,3 +146,81 @@ def test_checkpoint_folder_is_a_loadable_adapter(tmp_path):
     loaded = PeftModel.from_pretrained(make_llama(), folder)
     ids = prompts(3)
     torch.testing.assert_close(loaded.eval()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
+def _adapter(model):
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    """Rows of one length, so that the mean over micro batches is the mean over all."""
+    model, batch = adapted().train(), answered(8)
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        model(**batch).loss.backward()
+        whole = {name: parameter.grad.clone() for name, parameter in _adapter(model).items()}
+        model.zero_grad()
+        for start in range(0, 8, 2):
+            (model(**{key: value[start : start + 2] for key, value in batch.items()}).loss / 4).backward()
+        for name, parameter in _adapter(model).items():
+            torch.testing.assert_close(parameter.grad, whole[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_trainers_bfloat16_trains_as_float32_does(tmp_path):
+    plain, mixed = (_trainer(adapted(), tmp_path, 20, bf16=bf16) for bf16 in (False, True))
+    for trainer in (plain, mixed):
+        trainer.train()
+    first, second = _losses(plain), _losses(mixed)
+    assert first != second  # autocast did take part
+    torch.testing.assert_close(second[:3], first[:3], atol=0.05, rtol=0.02)
+    assert sum(second[-5:]) < 0.6 * sum(second[:5])
+    assert {parameter.dtype for parameter in _adapter(mixed.model).values()} == {torch.float32}
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """accelerate keeps its precision for the whole process; others must not find this one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_accelerates_mixed_precision(fresh_accelerate):
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    model = adapted().train()
+    plain = model(**answered(8)).loss
+    optimizer = torch.optim.Adam(_adapter(model).values(), lr=1e-2)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    layer, seen = accelerator.unwrap_model(model).base_model.model.model.layers[1].mlp.up_proj, []
+    layer.register_forward_pre_hook(lambda layer, args: seen.append(layer._channel.scores("default", args[0])))
+    losses = []
+    for _ in range(15):
+        optimizer.zero_grad()
+        output = model(**answered(8))
+        accelerator.backward(output.loss)
+        optimizer.step()
+        losses.append(output.loss.item())
+    assert losses[0] != plain.item() and losses[0] == pytest.approx(plain.item(), rel=0.02)
+    assert losses[-1] < 0.6 * losses[0]
+    assert seen[0].dtype == torch.float32  # a prior is not rounded, whatever the layers compute in
+
+
+@pytest.mark.parametrize("upcast", [True, False])
+def test_adapters_on_a_bfloat16_base(tmp_path, upcast):
+    torch.manual_seed(0)
+    base = make_llama().to(torch.bfloat16)
+    model = get_peft_model(base, TRexConfig(**SETTINGS), autocast_adapter_dtype=upcast)
+    expected = torch.float32 if upcast else torch.bfloat16
+    assert {parameter.dtype for parameter in _adapter(model).values()} == {expected}
+    trainer = _trainer(model, tmp_path, 30, [TRexPriorCallback(progress=False)])
+    trainer.train()
+    losses = _losses(trainer)
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+    assert model(**answered(2)).logits.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(
+        make_llama().to(torch.bfloat16), tmp_path / "adapter", autocast_adapter_dtype=upcast
+    )
+    assert torch.equal(loaded.eval()(**answered(2)).logits, model.eval()(**answered(2)).logits)
