@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from conftest import adapted
 from hub_server import Hub, serve
 from huggingface_hub import ModelCard
+from transformers import Trainer, TrainingArguments
 
 COMMON = """
 import json, torch
@@ -209,3 +211,15 @@ def test_unknown_route_is_recorded() -> None:
         assert connection.getresponse().status == 404
         connection.close()
     assert hub.unknown == ["GET /api/nothing"]
+
+
+def test_a_trainers_card_keeps_what_loading_needs(tmp_path: Path) -> None:
+    model = adapted()
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    model.save_pretrained(tmp_path)
+    Trainer(model=model, args=arguments).create_model_card(model_name="tuned")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "peft"
+    assert "trex" in card.data.tags
+    assert card.text.count("import peft_trex") == 1
+    assert "# tuned" in card.text
