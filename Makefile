@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 SOURCES := src tests examples benchmarks
 
+# pins an older numpy than ours, which it works with; tests/test_quantized.py runs it in a process of its own
+GPTQ := gptqmodel optimum device-smi tokenicer logbar defuser pypcre protobuf
+
 .PHONY: demo test lint clean
 
 demo: $(VENV)/demo
@@ -36,6 +39,7 @@ $(VENV)/demo: $(VENV)/torch pyproject.toml
 
 $(VENV)/test: $(VENV)/torch pyproject.toml
 	$(INSTALL) -e ".[test]"
+	$(INSTALL) --no-deps --target $(VENV)/gptq $(GPTQ)
 	touch $@
 
 clean:

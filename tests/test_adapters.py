@@ -514,6 +514,15 @@ def test_targets_are_chosen_as_for_lora(capsys, settings, adapted_layers):
     assert f"trainable params: {count:,d} ||" in capsys.readouterr().out
 
 
+def test_all_linear_layers_of_some_blocks(tmp_path):
+    model = get_peft_model(make_llama(), TRexConfig(layers_to_transform=[1], task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path)
+    for adapted_model in (model, PeftModel.from_pretrained(make_llama(), tmp_path)):
+        names = [name for name, module in adapted_model.named_modules() if isinstance(module, TRexLayer)]
+        assert len(names) == 7
+        assert all(name.startswith("base_model.model.model.layers.1.") for name in names)
+
+
 def test_a_tied_head_keeps_the_embedding_and_the_prior():
     model = adapted(base=make_llama(tie_word_embeddings=True), target_modules=["lm_head", "q_proj"])
     base = model.base_model.model

@@ -60,7 +60,6 @@ def test_auto_map_is_the_identity_where_it_can_be(settings, learned):
         ({"prior_encoder": "external"}, ["prior_dim", "None"]),
         ({"prior_dim": 5}, ["prior_dim=5", "external"]),
         ({"prior_encoder": "external", "prior_dim": 0}, ["prior_dim=0", "at least 1"]),
-        ({"layers_to_transform": [0]}, ["layers_to_transform=[0]", "target_modules=None"]),
         ({"layers_to_transform": [0], "target_modules": "all-linear"}, ["target_modules='all-linear'"]),
         ({"layers_pattern": "layers", "target_modules": ["q"]}, ["layers_pattern='layers'", "layers_to_transform"]),
         ({"task_type": "CAUSAL"}, ["CAUSAL"]),

@@ -1,5 +1,7 @@
 """The semantic prior: which tokens are the prompt, what is clustered, and what is refused."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_trex import TRexConfig, TRexPriorReport, initialize_trex_prior
-from peft_trex.prior import SemanticPrior
+from peft_trex.prior import ForwardPrior, PriorChannel, SemanticPrior
 from peft_trex.spans import find_prompts
 
 
@@ -129,6 +131,44 @@ def test_the_prompt_ends_where_prediction_begins():
     assert find_prompts(ids, None, logits_to_keep=4).mask.tolist() == [[True] * 5 + [False] * 3]
     assert find_prompts(ids, None, logits_to_keep=1).mask.all()
     assert find_prompts(ids, None, labels, logits_to_keep=4).mask.sum() == 2
+
+
+def test_where_packed_sequences_begin():
+    ids = torch.ones(1, 6, dtype=torch.long)
+    for positions, mask, index in (
+        ([0, 1, 2, 3, 4, 5], None, None),
+        ([0, 1, 2, 0, 1, 2], None, [0, 0, 0, 1, 1, 1]),
+        ([2, 3, 4, 2, 3, 4], None, [0, 0, 0, 1, 1, 1]),  # where transformers cuts the attention
+        ([0, 1, 2, 7, 8, 9], None, [0, 0, 0, 1, 1, 1]),
+        ([1, 1, 0, 1, 2, 3], [0, 0, 1, 1, 1, 1], None),  # padding
+        ([0, 1, 2, 1, 3, 4], [1, 1, 1, 0, 1, 1], None),  # a gap in the mask
+        ([0, 1, 2, 0, 1, 1], [1, 1, 1, 1, 1, 0], [0, 0, 0, 1, 1, 1]),
+        ([5, 6, 7, 8, 9, 10], [1] * 6, None),  # goes on from a cache
+    ):
+        found = find_prompts(
+            ids, None if mask is None else torch.tensor([mask]), position_ids=torch.tensor([positions])
+        )
+        assert (None if found.index is None else found.index[0].tolist()) == index, positions
+
+
+def test_packed_rows_with_padding_on_the_left():
+    table, ids = torch.randn(9, 3), torch.tensor([[8, 8, 1, 2, 3], [4, 5, 6, 7, 8]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    found = find_prompts(ids, mask, position_ids=torch.tensor([[1, 1, 0, 1, 0], [7, 8, 9, 10, 11]]))
+    spread = found.spread(found.mean(table[ids]))
+    torch.testing.assert_close(spread[0, 2:], torch.stack([table[1:3].mean(0)] * 2 + [table[3]]))
+    torch.testing.assert_close(spread[1], table[4:9].mean(0).expand(5, 3))
+
+
+def test_a_layer_finds_its_rows_of_a_packed_prior():
+    scores = torch.randn(2, 3, 4)
+    channel = PriorChannel(torch.nn.ModuleDict())
+    with_prior = partial(channel.run, ForwardPrior({"a": scores}, 2, frozenset({3})), channel.scores, "a")
+    assert with_prior(torch.zeros(2, 3, 5)).equal(scores)
+    assert with_prior(torch.zeros(6, 5)).equal(scores.reshape(6, 4))
+    for shape in ((2, 5), (3, 5), (2, 1, 5), (3, 2, 5), (2, 3, 1, 5)):
+        with pytest.raises(ValueError, match="which prompt each row belongs to"):
+            with_prior(torch.zeros(shape))
 
 
 def test_labels_of_another_shape_say_nothing_of_the_prompt():

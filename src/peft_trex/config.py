@@ -65,7 +65,7 @@ class TRexConfig(PeftConfig):
         modules_to_save (`list[str]`, *optional*):
             Modules besides the adapter that are trained and saved in full, a new classification head for instance.
         layers_to_transform (`list[int]` or `int`, *optional*):
-            Indices of the layers to adapt; needs a list of names in `target_modules`.
+            Indices of the layers to adapt; `target_modules` must then be a list of names, or None.
         layers_pattern (`list[str]` or `str`, *optional*):
             Name of the `nn.ModuleList` that these indices count, when it is not one of the usual ones.
         fan_in_fan_out (`bool`):
@@ -198,10 +198,10 @@ class TRexConfig(PeftConfig):
                 f"prior_dim={self.prior_dim} is for prior_encoder='external'; with 'input_embeddings' the width is "
                 "the base model's, leave it None."
             )
-        if self.layers_to_transform is not None and not isinstance(self.target_modules, set):
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError(
-                f"layers_to_transform={self.layers_to_transform!r} needs target_modules to be a list of module names; "
-                f"got target_modules={self.target_modules!r}."
+                f"layers_to_transform={self.layers_to_transform!r} needs target_modules to be a list of module names, "
+                f"or None for all linear layers; got target_modules={self.target_modules!r}."
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(f"layers_pattern={self.layers_pattern!r} has no use without layers_to_transform.")

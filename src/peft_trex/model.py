@@ -20,7 +20,7 @@ from .layer import Linear, TRexLayer
 from .prior import PriorChannel, SemanticPrior
 from .prompts import PromptWatch
 from .quantized import check_mergeable, include_quantised, keep_trainable, release, scheme_of
-from .targets import check_fused_experts, leave_out
+from .targets import check_fused_experts, leave_out, name_by_kind
 
 # TRL's trainers that go on with an adapter (DPO and its kin) add one of this name, with the very configuration of
 # "default", and copy to it what is called `*.default.*`: that misses parameters in a ParameterDict, and buffers
@@ -66,6 +66,8 @@ class TRexModel(BaseTuner):
         leave_out(peft_config, self.model)
         check_fused_experts(peft_config, self.model)
         include_quantised(peft_config, self.model)
+        if peft_config.layers_to_transform is not None:
+            name_by_kind(peft_config, self.model)
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:

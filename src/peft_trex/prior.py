@@ -94,6 +94,14 @@ class ForwardPrior:
         }
         return ForwardPrior(scores, rows, lengths)
 
+    def kept(self) -> ForwardPrior:
+        """The prior of what is generated next: a row that packs several prompts goes on with its last."""
+        scores = {
+            name: score[:, -1] if score is not None and score.dim() == 3 else score
+            for name, score in self.scores.items()
+        }
+        return ForwardPrior(scores, self.rows)
+
 
 class _Running(threading.local):
     """What runs now, in each thread by itself: servers call one model from several. A copy starts with nothing."""

@@ -146,9 +146,9 @@ class PromptWatch:
             return
         prior, running.prior, running.owner = running.prior, None, None
         encoded = output if hasattr(output, "last_hidden_state") else None
-        for kept in (*(getattr(output, name, None) for name in CACHES), encoded):
-            if hasattr(kept, "__dict__"):  # which a tuple has not
-                setattr(kept, KEPT_PRIOR, prior)
+        for carrier in (*(getattr(output, name, None) for name in CACHES), encoded):
+            if prior is not None and hasattr(carrier, "__dict__"):  # which a tuple has not
+                setattr(carrier, KEPT_PRIOR, prior.kept())
 
     def _kept(self, inputs: Mapping[str, Any], adapters: list[str]) -> ForwardPrior | None:
         """The prior of the prompt that a cache, or an encoder's output, among the inputs was computed from."""

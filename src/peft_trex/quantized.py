@@ -266,7 +266,7 @@ def keep_trainable(model: nn.Module) -> None:
         quantised = scheme_of(layer) is not None or (isinstance(layer, nn.Linear) and not _is_plain(layer))
         if quantised and _pass_gradient not in layer._forward_hooks.values():
             layer.register_forward_hook(_pass_gradient, with_kwargs=True)
-        if hasattr(layer, PACKING):
+        if PACKING in vars(layer):  # not of what a wrapper passes on
             setattr(layer, PACKING, False)
             _unpack(layer)
 
@@ -277,7 +277,7 @@ def release(model: nn.Module) -> None:
         for number in [number for number, hook in layer._forward_hooks.items() if hook is _pass_gradient]:
             del layer._forward_hooks[number]
             layer._forward_hooks_with_kwargs.pop(number, None)
-        if hasattr(layer, PACKING):
+        if PACKING in vars(layer):  # not of what a wrapper passes on
             setattr(layer, PACKING, import_module("bitsandbytes.functional").has_avx512bf16())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,6 +96,8 @@ class PromptScorer:
                 scores[name] = None
             elif name in external:
                 prompts = _packed_prompts(inputs)
+                if prompts is not None and embeds is not None and torch.compiler.is_compiling():  # which cannot count
+                    prompts = None if len(embeds) == rows else replace(prompts, count=len(embeds))
                 count = rows if prompts is None else prompts.count
                 score = prior.score(_check_embeds(name, embeds, count, prior.dim))
                 scores[name] = score if prompts is None else prompts.spread(score)

@@ -82,7 +82,7 @@ def find_prompts(
         predicted = attended & (labels.to(tokens.device) != -100)
     elif labels is None and completion_mask is not None and completion_mask.shape == tokens.shape:
         predicted = attended & (completion_mask.to(tokens.device) != 0)
-    elif labels is None and isinstance(logits_to_keep, int) and 1 < logits_to_keep <= length and index is None:
+    elif labels is None and isinstance(logits_to_keep, int) and 1 < logits_to_keep <= length:
         predicted = attended & (torch.arange(length, device=tokens.device) > length - logits_to_keep)
     else:
         return Prompts(attended, index, count, None)

@@ -8,10 +8,16 @@ import re
 import warnings
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from peft.utils import TaskType
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from .quantized import scheme_of
 
 # heads that PEFT adds to modules_to_save only after it has looked for linear layers
 HEADS = {TaskType.TOKEN_CLS: ("classifier", "score"), TaskType.QUESTION_ANS: ("qa_outputs",)}
@@ -38,6 +44,13 @@ def leave_out(config: Any, model: nn.Module) -> None:
         config.exclude_modules = {*(config.exclude_modules or ()), *names}
 
 
+def name_by_kind(config: Any, model: nn.Module) -> None:
+    """Name what "all-linear" means by the last part of each name: PEFT picks no layers from names in full."""
+    if _is_all_linear(config):
+        _maybe_include_all_linear_layers(config, model)
+        config.target_modules = {name.rpartition(".")[2] for name in config.target_modules}
+
+
 def check_fused_experts(config: Any, model: nn.Module) -> None:
     """Refuse targets that are experts held in one three-dimensional parameter, and warn where such are left out."""
     all_linear = _is_all_linear(config)
@@ -47,7 +60,7 @@ def check_fused_experts(config: Any, model: nn.Module) -> None:
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            if len(shape) != 3 or isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
+            if len(shape) != 3 or isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)) or scheme_of(module) is not None:
                 continue
             if not check_target_module_exists(anything, path):  # excluded, or trained in full
                 continue
