@@ -164,6 +164,15 @@ def test_parameter_count_of_llama_2_13b(config, parameters):
     assert model.get_nb_trainable_parameters()[0] == parameters
 
 
+def test_an_adapter_that_is_replaced_leaves_nothing_behind():
+    base = make_llama()
+    get_peft_model(base, TRexConfig(router_rank=2, num_clusters=3, task_type="CAUSAL_LM"))
+    with pytest.warns(UserWarning, match="second time"):
+        model = get_peft_model(base, TRexConfig(use_router=False, num_clusters=32, task_type="CAUSAL_LM"))
+    names = {name.split(".")[-2] for name, _ in model.named_parameters() if "trex_" in name}
+    assert names == {"trex_A", "trex_B", "trex_omega", "trex_gate"}
+
+
 def test_starts_as_the_base_model():
     base = make_llama()
     ids = prompts(3)
