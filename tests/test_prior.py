@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import PAD, adapted, batches, make_llama, make_t5, pad_to, prompts
+from conftest import PAD, adapted, answered, batches, make_llama, make_t5, pad_to, prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
@@ -93,11 +93,12 @@ def test_packed_sequences_have_the_prompts_they_have_alone(lengths, told_by, fil
     """Rows of (prompt, answer) lengths packed without gaps, filled up with one-token sequences or masked padding."""
     torch.manual_seed(seed)
     table = torch.randn(20, 3)
-    width = max(sum(prompt + answer for prompt, answer in row) for row in lengths) + filled
+    sizes = [sum(prompt + answer for prompt, answer in row) for row in lengths]
+    width = max(sizes) + filled
+    packed = any(len(row) > 1 for row in lengths) or (not masked and any(size < width for size in sizes))
     ids = torch.randint(1, 20, (len(lengths), width))
     answered, positions = torch.zeros_like(ids), torch.zeros_like(ids)
     mask, expected, told = torch.zeros_like(ids), torch.zeros(len(lengths), width, 3), True
-    packed = False
     for i, row in enumerate(lengths):
         begin = 0
         for prompt, answer in row:
@@ -105,21 +106,79 @@ def test_packed_sequences_have_the_prompts_they_have_alone(lengths, told_by, fil
             answered[i, begin + prompt : end] = 1
             positions[i, begin:end] = torch.arange(end - begin)
             mask[i, begin:end] = 1
-            tells = told_by is not None and (masked or prompt > 1)
-            told = told and (tells or prompt + answer == 1)
+            if packed and not masked and end - begin == 1:
+                begin = end  # is taken for filling
+                continue
+            tells = told_by == "completion_mask" or (told_by == "labels" and (masked or prompt > 1))
+            told = told and tells
             expected[i, begin:end] = table[ids[i, begin : begin + prompt if tells else end]].mean(0)
             begin = end
-        expected[i, begin:] = 0 if masked else table[ids[i, begin:]]
-        packed = packed or len(row) > 1 or (begin < width and not masked)
     tells = {"labels": ids.masked_fill(answered == 0, -100), "completion_mask": answered}
     given_by = {told_by: tells[told_by]} if told_by else {}
     found = find_prompts(ids, mask if masked else None, position_ids=positions, **given_by)
     assert (found.index is not None) == packed
     spread = found.spread(found.mean(table[ids]))
-    expected = expected if packed else expected[:, 0]
     attended = mask.bool() | (not masked)
-    torch.testing.assert_close(spread[attended] if packed else spread, expected[attended] if packed else expected)
+    if packed:
+        torch.testing.assert_close(spread[attended], expected[attended])
+    else:
+        torch.testing.assert_close(spread, expected[:, 0])
     assert found.told is None if told_by is None else bool(found.told) is told
+
+
+def test_filled_up_rows_do_not_change_the_fit():
+    rows = [prompts(4, seed=seed) for seed in range(16)]
+    reports = []
+    for filling in (0, 7):
+        positions = torch.cat([torch.arange(9).repeat(4), torch.zeros(filling, dtype=torch.long)])[None]
+        flat = [torch.cat([ids.flatten(), torch.full((filling,), PAD)])[None] for ids in rows]
+        model = adapted(fit=False)
+        loader = [{"input_ids": ids, "position_ids": positions} for ids in flat]
+        reports.append((initialize_trex_prior(model, loader, progress=False), _prior(model).centroids))
+    assert reports[0][0].prompts == 64
+    assert reports[1][0].prompts == reports[0][0].prompts
+    torch.testing.assert_close(reports[1][1], reports[0][1])
+
+
+def test_the_logits_that_are_kept_are_the_same():
+    model, ids = adapted(), prompts(3)
+    torch.testing.assert_close(model(ids, logits_to_keep=4).logits, model(ids).logits[:, -4:])
+
+
+def test_a_completion_mask_stands_in_for_labels():
+    model, batch = adapted(), answered(3)
+    mask = (batch["labels"] != -100).long()
+    expected = model(**batch).logits
+    torch.testing.assert_close(model(batch["input_ids"], completion_mask=mask).logits, expected, rtol=0, atol=0)
+    assert not torch.equal(model(batch["input_ids"]).logits, expected)
+    with pytest.raises(ValueError, match=r"completion_mask has shape \(1, 9\); expected .*\(3, 9\)"):
+        model(batch["input_ids"], completion_mask=mask[:1])
+    with pytest.raises(TypeError, match="completion_mask is a list"):
+        model(batch["input_ids"], completion_mask=mask.tolist())
+    with model.disable_adapter():
+        model(batch["input_ids"], completion_mask=mask)
+
+
+def test_a_base_models_own_completion_mask_reaches_it():
+    base = torch.nn.Sequential()
+    base.forward = lambda x, completion_mask: base.lin(x) * completion_mask
+    base.lin = torch.nn.Linear(3, 3)
+    model = get_peft_model(base, TRexConfig(target_modules=["lin"], use_prior=False, num_clusters=2))
+    assert not model(torch.ones(2, 3), completion_mask=torch.zeros(2, 1)).any()
+
+
+@pytest.mark.parametrize("name", ["cu_seq_lens_q", "seq_idx"])
+def test_rows_packed_without_positions_are_refused(name):
+    for model in (adapted(), _external()):
+        with pytest.raises(ValueError, match="return_position_ids=True"):
+            model(prompts(1), semantic_embeds=None, **{name: torch.tensor([0, 4, 9])})
+
+
+def test_continuous_batching_is_refused():
+    model = adapted()
+    with pytest.raises(NotImplementedError, match="generate_batch"):
+        model.generate_batch(inputs=prompts(2).tolist())
+    assert "generate_batch" not in vars(model.unload())
 
 
 def test_the_prompt_ends_where_prediction_begins():
@@ -128,9 +187,6 @@ def test_the_prompt_ends_where_prediction_begins():
     assert find_prompts(ids, None, labels).mask.tolist() == [[True] * 2 + [False] * 6]
     mask = (ids > 1).long()
     assert find_prompts(ids, mask, labels).mask.tolist() == [[False, True] + [False] * 6]
-    assert find_prompts(ids, None, logits_to_keep=4).mask.tolist() == [[True] * 5 + [False] * 3]
-    assert find_prompts(ids, None, logits_to_keep=1).mask.all()
-    assert find_prompts(ids, None, labels, logits_to_keep=4).mask.sum() == 2
 
 
 def test_where_packed_sequences_begin():
@@ -149,6 +205,8 @@ def test_where_packed_sequences_begin():
             ids, None if mask is None else torch.tensor([mask]), position_ids=torch.tensor([positions])
         )
         assert (None if found.index is None else found.index[0].tolist()) == index, positions
+    text = torch.tensor([[[0, 1, 2, 0, 1, 2]]])  # and three of images and time behind
+    assert find_prompts(ids, position_ids=torch.cat([text, text.expand(3, -1, -1) * 0])).index is not None
 
 
 def test_packed_rows_with_padding_on_the_left():

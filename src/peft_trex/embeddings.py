@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .scoring import EMBEDS
+from .scoring import EMBEDS, check_packing
 from .spans import find_prompts
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class SemanticEmbedsCollator:
         self.collator = collator
         self.task_type = task_type
         self._look_up: _Table | _Encoder
-        if hasattr(source, "column_names") and hasattr(source, "__getitem__"):
+        if hasattr(source, "column_names"):
             self._look_up = _Table(source, task_type)
         elif not callable(source):
             raise TypeError(
@@ -114,6 +114,11 @@ class _Table:
 
     def __init__(self, dataset: Dataset, task_type: str) -> None:
         columns = dataset.column_names
+        if not isinstance(columns, list) or not hasattr(dataset, "__len__"):
+            raise TypeError(
+                f"source is a {type(dataset).__name__}; expected a datasets.Dataset, which finds rows by their "
+                "number. Take one split of a DatasetDict; for a stream, give the encoder as source."
+            )
         if EMBEDS not in columns or not {"input_ids", PROMPT_IDS} & set(columns):
             raise ValueError(
                 f"The data set has the columns {columns}; expected {EMBEDS} and the tokens (input_ids). Add the "
@@ -200,7 +205,7 @@ def _pad(rows: Mapping[str, Sequence[Any]]) -> dict[str, Tensor]:
     columns = {name: rows[name] for name in ROW_COLUMNS if name in rows}
     columns.setdefault("attention_mask", [[1] * len(row) for row in rows["input_ids"]])
     return {
-        name: pad_sequence([torch.tensor(row) for row in column], True, ROW_COLUMNS[name])
+        name: pad_sequence([torch.tensor(row, dtype=torch.int64) for row in column], True, ROW_COLUMNS[name])
         for name, column in columns.items()
     }
 
@@ -211,11 +216,15 @@ def _row_prompts(batch: Mapping[str, Sequence[Any]], task_type: str) -> list[Ten
         return [torch.tensor(row, dtype=torch.int64) for row in batch[PROMPT_IDS]]
     if "input_ids" not in batch:
         raise ValueError(f"The rows have the columns {sorted(batch)}; expected input_ids: tokenise them first.")
-    return _batch_prompts(_pad(batch), task_type)
+    if len(batch["input_ids"]) and np.ndim(batch["input_ids"][0]) == 0:
+        raise ValueError("input_ids holds numbers and not rows of them; map with batched=True.")
+    tells = ROW_COLUMNS if task_type == "CAUSAL_LM" else ("input_ids", "attention_mask")  # labels may be anything else
+    return _batch_prompts(_pad({name: batch[name] for name in tells if name in batch}), task_type)
 
 
 def _batch_prompts(batch: Mapping[str, Any], task_type: str) -> list[Tensor]:
     """The prompts' tokens of a finished batch, found by the rule that the model goes by."""
+    check_packing(batch)
     ids, causal = batch["input_ids"], task_type == "CAUSAL_LM"
     found = find_prompts(
         ids,
@@ -227,6 +236,4 @@ def _batch_prompts(batch: Mapping[str, Any], task_type: str) -> list[Tensor]:
     if found.index is None:
         return list(ids[found.mask].split(found.mask.sum(1).tolist()))
     lengths = torch.bincount(found.index[found.mask], minlength=found.count)
-    prompts = ids[found.mask].split(lengths.tolist())
-    # a packed sequence of one token trains nothing; it is what a row is filled up with (pad_to_multiple_of)
-    return [prompt if len(prompt) > 1 else prompt[:0] for prompt in prompts]
+    return list(ids[found.mask].split(lengths.tolist()))

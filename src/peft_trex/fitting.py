@@ -85,10 +85,13 @@ def initialize_trex_prior(
         raise ValueError(f"max_batches={max_batches!r} must be a whole number of at least 1, or None.")
     external = config.prior_encoder == "external"
     if (embeddings is None) == (dataloader is None) or (embeddings is not None and not external):
-        wanted = f"{GIVE_EMBEDDINGS}, and no dataloader" if external else "a dataloader and no embeddings"
+        wanted = "a dataloader and no embeddings"
+        if external:
+            wanted = f"either {GIVE_EMBEDDINGS}, or a dataloader whose batches have {EMBEDS}"
         raise ValueError(f"The adapter {adapter_name!r} has prior_encoder={config.prior_encoder!r}; give {wanted}.")
     if embeddings is not None:
         gathered = _check_embeddings(embeddings, prior.dim)
+        gathered = gathered[gathered.any(1)]  # rows without a prompt are zero
     else:
         assert dataloader is not None
         gathered = _embed_all(tuner, prior.dim if external else None, dataloader, max_batches, progress, tokenizer)
@@ -170,6 +173,8 @@ def _find_prior(model: nn.Module, adapter_name: str) -> tuple[TRexModel, TRexCon
 
 
 def _check_embeddings(embeddings: Tensor | np.ndarray | Sequence[Any], dim: int) -> np.ndarray:
+    if isinstance(embeddings, (list, tuple)) and embeddings and isinstance(embeddings[0], Tensor):
+        embeddings = torch.stack(list(embeddings))
     if not isinstance(embeddings, (Tensor, np.ndarray)):
         try:  # in parts, because a data set's column would make every number a Python object at once
             parts = [np.asarray(embeddings[i : i + 1000], np.float32) for i in range(0, len(embeddings), 1000)]
@@ -232,6 +237,8 @@ def _embed_batch(tuner: TRexModel, external_dim: int | None, batch: Mapping[str,
 
 
 def _fit(prior: SemanticPrior, embeddings: np.ndarray, seed: int) -> TRexPriorReport:
+    if not len(embeddings):
+        raise ValueError("None of the prompts has a token, or an embedding that is not zero.")
     if not np.isfinite(embeddings).all():
         bad = int((~np.isfinite(embeddings)).any(1).sum())
         raise ValueError(

@@ -12,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 
 LOADING_HEADING = "## Loading this adapter"
 
-
 AUTO_CLASSES: dict[TaskType | str | None, str] = {
     TaskType.CAUSAL_LM: "AutoModelForCausalLM",
     TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
@@ -73,7 +72,7 @@ def complete_model_cards(model_class: Any) -> None:
     `create_or_update_model_card`. transformers' `push_to_hub`, which PEFT inherits, then writes a card of its own over
     PEFT's, with another library and without the base model; so PEFT's is written once more, just before the upload.
     """
-    write, upload = model_class.create_or_update_model_card, getattr(model_class, "_upload_modified_files", None)
+    write, upload = model_class.create_or_update_model_card, model_class._upload_modified_files
     if getattr(write, "knows_trex", False):
         return
 
@@ -85,8 +84,6 @@ def complete_model_cards(model_class: Any) -> None:
 
     write_card.knows_trex = True  # type: ignore[attr-defined]
     model_class.create_or_update_model_card = write_card
-    if upload is None:
-        return
 
     @functools.wraps(upload)
     def upload_with_card(self: Any, working_dir: str, *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from .config import TRexConfig
-from .mixture import expert_weights, mean_delta_weight, rank_one_mixture
+from .mixture import expert_weights, mean_delta_weight, num_experts, rank_one_mixture
 from .prior import PriorChannel
 from .quantized import read_weight, restore_weight, write_weight
 
@@ -116,13 +116,10 @@ class TRexLayer(BaseTunerLayer):
         prior = self._prior(adapter_name, self._channel.scores(adapter_name, x) if uses_prior else None)
         router = self.trex_router[adapter_name] if adapter_name in self.trex_router else None
         if router is None and prior is None:  # a prior that is not known yet
-            prior = x.new_zeros(1, self._experts(adapter_name))
+            A, B = self.trex_A[adapter_name], self.trex_B[adapter_name]
+            prior = x.new_zeros(1, num_experts(A.shape[0], B.shape[1], self.trex_settings[adapter_name]["layout"]))
         down = self.trex_router_down[adapter_name] if adapter_name in self.trex_router_down else None
         return {"router": router, "router_down": down, "prior": prior, "omega_logit": self.trex_omega[adapter_name]}
-
-    def _experts(self, adapter_name: str) -> int:
-        r_a, r_b = self.trex_A[adapter_name].shape[0], self.trex_B[adapter_name].shape[1]
-        return r_a if self.trex_settings[adapter_name]["layout"] == "paired" else r_a * r_b
 
     def expert_weights(self, x: Tensor, adapter_name: str = "default") -> Tensor:
         """Weight of every expert, before the output gate, for the layer's input `x` (..., D_in): (..., E).

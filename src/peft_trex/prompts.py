@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # A key-value cache, or an encoder's output, carries the prior of the prompt it was computed from under this name.
 KEPT_PRIOR = "_trex_prior"
 CACHES = ("past_key_values", "cache_params")
+COMPLETION = "completion_mask"
 CHECKPOINT = "_gradient_checkpointing_func"
 
 
@@ -41,8 +42,7 @@ class PromptWatch:
         self.scorer = PromptScorer(tuner)
         self._handles: list[Any] = []
         self._checkpointed: list[Any] = []  # modules that transformers may run under gradient checkpointing
-        self._base_generate: Any = None
-        self._generate_was_own = False
+        self._wrapped: dict[str, tuple[Any, bool]] = {}  # methods of the base model, and whether they were its own
 
     def attach(self) -> None:
         """Start to watch the base model; nothing happens if that is so already."""
@@ -61,10 +61,11 @@ class PromptWatch:
                 ]
             if hasattr(module, "gradient_checkpointing"):
                 self._checkpointed.append(module)
-        if callable(getattr(base, "generate", None)):
-            self._base_generate = base.generate
-            self._generate_was_own = "generate" in vars(base)
-            base.generate = self._generate
+        for name, watched in (("generate", self._generate), ("generate_batch", self._generate_batch)):
+            method = getattr(base, name, None)
+            if callable(method):
+                self._wrapped[name] = (method, name in vars(base))
+                setattr(base, name, watched)
 
     def detach(self) -> None:
         """Leave the base model as it was."""
@@ -75,11 +76,12 @@ class PromptWatch:
             if isinstance(checkpoint, CheckpointWithPrior):
                 setattr(module, CHECKPOINT, checkpoint.checkpoint)
         base: Any = self.tuner.model
-        if self._generate_was_own:
-            base.generate = self._base_generate
-        elif self._base_generate is not None:
-            del base.generate
-        self._handles, self._checkpointed, self._base_generate = [], [], None
+        for name, (method, own) in self._wrapped.items():
+            if own:
+                setattr(base, name, method)
+            else:
+                delattr(base, name)
+        self._handles, self._checkpointed, self._wrapped = [], [], {}
 
     def _adapters(self) -> list[str]:
         """Active adapters that use a prior, while adapters are enabled and not merged."""
@@ -90,7 +92,9 @@ class PromptWatch:
 
     def _open(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before a forward: find its prior; `semantic_embeds` and `completion_mask` are ours and are taken out."""
-        embeds, completion_mask = kwargs.pop(EMBEDS, None), kwargs.pop("completion_mask", None)
+        embeds, completion_mask = kwargs.pop(EMBEDS, None), None
+        if COMPLETION in kwargs and COMPLETION not in inspect.signature(module.forward).parameters:
+            completion_mask = kwargs.pop(COMPLETION)
         running = self.channel.running
         if running.owner is module:  # its last forward was interrupted, and never closed
             running.owner = running.prior = None
@@ -100,12 +104,12 @@ class PromptWatch:
         if not adapters:
             return args, kwargs
         named = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) if args else {}
-        inputs: dict[str, Any] = {**named, **kwargs, "completion_mask": completion_mask}
+        inputs: dict[str, Any] = {**named, **kwargs, COMPLETION: completion_mask}
         rows, lengths = _batch_shape(inputs)
         prior = running.generation or self._kept(inputs, adapters)
         if prior is None:
             prior = self.scorer.score(inputs, embeds, adapters, rows)
-            if module.training and self.scorer.is_causal() and not any(_given(inputs, name) for name in ANSWERS):
+            if module.training and self.scorer.is_causal() and all(inputs.get(name) is None for name in ANSWERS):
                 self.scorer.warn_without_labels(prior)
         self._check_images(inputs, rows)
         running.prior = prior.for_call(rows, lengths)
@@ -172,12 +176,21 @@ class PromptWatch:
         adapters = self._adapters()
         running = self.channel.running
         if not adapters or running.generation is not None:
-            return self._base_generate(*args, **kwargs)
+            return self._wrapped["generate"][0](*args, **kwargs)
         running.generation = self._prior_of_prompt(args, kwargs, embeds, adapters)
         try:
-            return self._base_generate(*args, **kwargs)
+            return self._wrapped["generate"][0](*args, **kwargs)
         finally:
             running.generation = running.prior = running.owner = None
+
+    def _generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's continuous batching, which writes requests one after the other without saying where."""
+        if self._adapters():
+            raise NotImplementedError(
+                "T-REX does not support generate_batch: it does not tell which prompt a token belongs to. Use "
+                "generate with a padded batch, or train with use_prior=False."
+            )
+        return self._wrapped["generate_batch"][0](*args, **kwargs)
 
     def _prior_of_prompt(
         self, args: tuple, kwargs: Mapping[str, Any], embeds: Any, adapters: list[str]
@@ -213,11 +226,6 @@ class PromptWatch:
         end = kwargs.get("eos_token_id", config.eos_token_id)
         ends = end if isinstance(end, (list, tuple)) else [end]
         return None if pad is None or pad in ends else prompt != pad
-
-
-def _given(inputs: Mapping[str, Any], name: str) -> bool:
-    value = inputs.get(name)
-    return value is not None and not (isinstance(value, int) and value < 2)  # logits_to_keep=0 or 1 tells nothing
 
 
 def _cached_tokens(cache: Any) -> int | None:

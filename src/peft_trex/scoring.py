@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from .model import TRexModel
 
 EMBEDS = "semantic_embeds"
-ANSWERS = ("labels", "completion_mask", "logits_to_keep")  # what may tell a prompt from its answer
+ANSWERS = ("labels", "completion_mask")  # what may tell a prompt from its answer
+
+BOUNDARIES = ("cu_seq_lens_q", "seq_idx")  # how rows can be packed besides
+UNTOLD = "labels leave no prompt"
 
 
 class PromptScorer:
@@ -41,6 +44,7 @@ class PromptScorer:
             inputs: what the model's forward gets: `input_ids` (B, T) or `inputs_embeds` (B, T, d), and optionally
                 what [`find_prompts`] reads.
         """
+        check_packing(inputs)
         embedding = self.tuner.input_embedding()
         ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
         if embeds is None and ids is not None and embedding is not None:
@@ -60,9 +64,10 @@ class PromptScorer:
         told_by = ("attention_mask", "position_ids", *(ANSWERS if self.is_causal() else ()))
         prompts = find_prompts(embeds[..., 0], **{name: inputs.get(name) for name in told_by})
         # a look at the value would break a compiled graph; the fit, which sees the same data, warns there
-        if prompts.told is not None and not torch.compiler.is_compiling() and not prompts.told:
+        known = prompts.told is None or UNTOLD in self._warned or torch.compiler.is_compiling()
+        if not known and not prompts.told:
             self.warn_once(
-                "labels",
+                UNTOLD,
                 "The labels leave some rows without a prompt (no -100 before the first token that is predicted), so "
                 "the whole row counts as its prompt, answer included. Set the prompt's labels to -100 for a prior "
                 "that does not see the answer.",
@@ -81,6 +86,7 @@ class PromptScorer:
 
     def score(self, inputs: Mapping[str, Any], embeds: Any, adapters: list[str], rows: int) -> ForwardPrior:
         """Score the prompts of a forward, or of a generate call, for each of the adapters."""
+        check_packing(inputs)
         external = [name for name in adapters if self.tuner.config_of(name).prior_encoder == "external"]
         if embeds is not None and not external:
             raise ValueError(
@@ -135,14 +141,23 @@ class PromptScorer:
             warnings.warn(message, stacklevel=2)
 
 
+def check_packing(inputs: Mapping[str, Any]) -> None:
+    """Raise a ValueError if rows are packed in a way that does not say where a sequence begins in each row."""
+    if inputs.get("position_ids") is None and any(inputs.get(name) is not None for name in BOUNDARIES):
+        raise ValueError(
+            f"The rows are packed by {' or '.join(BOUNDARIES)} alone; T-REX finds the sequences by position_ids that "
+            "start anew. DataCollatorWithFlattening gives them with return_position_ids=True."
+        )
+
+
 def _packed_prompts(inputs: Mapping[str, Any]) -> Prompts | None:
     """Where the prompts are if rows hold several; None otherwise."""
     tokens, mask, positions = inputs.get("input_ids"), inputs.get("attention_mask"), inputs.get("position_ids")
     if tokens is None and isinstance(embeds := inputs.get("inputs_embeds"), Tensor):
         tokens = embeds[..., 0]
-    if positions is None or tokens is None:
+    if positions is None or tokens is None or (isinstance(mask, Tensor) and mask.dim() != 2):
         return None
-    prompts = find_prompts(tokens, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None, None, positions)
+    prompts = find_prompts(tokens, mask, None, positions)
     return None if prompts.index is None else prompts
 
 

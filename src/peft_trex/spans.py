@@ -56,7 +56,6 @@ def find_prompts(
     labels: Any = None,
     position_ids: Any = None,
     completion_mask: Any = None,
-    logits_to_keep: Any = None,
 ) -> Prompts:
     """Find the prompts among the tokens (B, T) of a forward: those attended to, up to the first that is predicted.
 
@@ -64,40 +63,46 @@ def find_prompts(
         tokens: (B, T), of which only the shape and the device count.
         attention_mask: (B, T), or longer by what a cache holds; zero where there is only padding.
         labels: (B, T), -100 where nothing is predicted. A prompt that they leave without a token counts whole.
-        position_ids: (B, T) or (1, T). Rows that pack several sequences say so by positions that start anew. The label
-            of the first token of such a row, or of a sequence in it, is always -100, and tells nothing.
+        position_ids: (B, T) or (1, T), or those with the three of multimodal models behind, (4, B, T). Rows that pack
+            several sequences say so by positions that start anew. The label of the first token of such a row, or of a
+            sequence in it, is always -100, and tells nothing; a sequence of one token only fills a row up.
         completion_mask: (B, T), where there are no labels: zero where nothing is predicted.
-        logits_to_keep: where there is neither, a number above one says that just the last `logits_to_keep - 1` tokens
-            of each row are predicted.
 
     Raises:
-        ValueError: for tokens or a mask of other axes.
+        TypeError, ValueError: for tokens or masks of other axes.
     """
     if tokens.dim() != 2:
         raise ValueError(f"The input has the axes {tuple(tokens.shape)}; T-REX finds prompts in (B, T) tokens only.")
-    length = tokens.shape[1]
     attended = _attended(tokens, attention_mask)
     index, count = _packed(attended, position_ids, masked=attention_mask is not None)
+    if index is not None and attention_mask is None:
+        attended = (_per_prompt(attended, index, count) > 1)[index]
+    least = 1  # tokens that a prompt has, or else it was not told
     if labels is not None and labels.shape == tokens.shape:
         predicted = attended & (labels.to(tokens.device) != -100)
-    elif labels is None and completion_mask is not None and completion_mask.shape == tokens.shape:
-        predicted = attended & (completion_mask.to(tokens.device) != 0)
-    elif labels is None and isinstance(logits_to_keep, int) and 1 < logits_to_keep <= length:
-        predicted = attended & (torch.arange(length, device=tokens.device) > length - logits_to_keep)
+        least = 1 if position_ids is None or attention_mask is not None else 2
+    elif labels is None and completion_mask is not None:
+        predicted = attended & (_check_completion(completion_mask, tokens).to(tokens.device) != 0)
     else:
         return Prompts(attended, index, count, None)
-    least = 1 if position_ids is None or attention_mask is not None else 2  # tokens for the labels to tell a prompt
     if index is None:
         prompt = attended & (predicted.cumsum(1) == 0)
         told = prompt.sum(1, keepdim=True) >= least
-        single = attended.sum(1, keepdim=True) < least
     else:
         answered = _per_prompt(predicted, index, count)
         before = answered.cumsum(0) - answered
         prompt = attended & (predicted.flatten().cumsum(0).reshape(tokens.shape) == before[index])
         told = (_per_prompt(prompt, index, count) >= least)[index]
-        single = (_per_prompt(attended, index, count) < least)[index]  # what rows are filled up with
-    return Prompts(torch.where(told, prompt, attended), index, count, (told | single).all())
+    return Prompts(torch.where(told, prompt, attended), index, count, (told | ~attended).all())
+
+
+def _check_completion(completion_mask: Any, tokens: Tensor) -> Tensor:
+    wanted = f"expected a tensor of shape (B, T) = {tuple(tokens.shape)}, as input_ids, one where tokens are predicted"
+    if not isinstance(completion_mask, Tensor):
+        raise TypeError(f"completion_mask is a {type(completion_mask).__name__}; {wanted}.")
+    if completion_mask.shape != tokens.shape:
+        raise ValueError(f"completion_mask has shape {tuple(completion_mask.shape)}; {wanted}.")
+    return completion_mask
 
 
 def _attended(tokens: Tensor, attention_mask: Any) -> Tensor:
@@ -121,6 +126,8 @@ def _attended(tokens: Tensor, attention_mask: Any) -> Tensor:
 def _packed(attended: Tensor, position_ids: Any, masked: bool) -> tuple[Tensor | None, int]:
     """The number of the sequence that each token belongs to, (B, T), or None if no row holds two; and how many."""
     rows, length = attended.shape
+    if isinstance(position_ids, Tensor) and position_ids.dim() == 3 and len(position_ids) == 4:
+        position_ids = position_ids[0]  # the text's
     if not isinstance(position_ids, Tensor) or tuple(position_ids.shape) not in ((rows, length), (1, length)):
         return None, rows
     positions = position_ids.to(attended.device)
