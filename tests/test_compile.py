@@ -110,6 +110,9 @@ def test_one_graph_straight_after_loading(tmp_path):
     loaded = PeftModel.from_pretrained(make_llama(num_hidden_layers=1), tmp_path)
     compiled = torch.compile(loaded, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(prompts(3)).logits, expected, rtol=1e-4, atol=1e-5)
+    single = {"input_ids": prompts(3, length=1), "position_ids": torch.zeros(1, 1, dtype=torch.long)}
+    expected = model(**single).logits
+    torch.testing.assert_close(compiled(**single).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

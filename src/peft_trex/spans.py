@@ -75,7 +75,7 @@ def find_prompts(
         raise ValueError(f"The input has the axes {tuple(tokens.shape)}; T-REX finds prompts in (B, T) tokens only.")
     attended = _attended(tokens, attention_mask)
     index, count = _packed(attended, position_ids, masked=attention_mask is not None)
-    if index is not None and attention_mask is None:
+    if index is not None and attention_mask is None and tokens.shape[1] > 1:
         attended = (_per_prompt(attended, index, count) > 1)[index]
     least = 1  # tokens that a prompt has, or else it was not told
     if labels is not None and labels.shape == tokens.shape:
