@@ -294,6 +294,22 @@ def test_eetq_is_adapted_and_not_merged():
     assert model.unload()[0] is layer
 
 
+def test_codes_in_three_dimensions_are_no_experts():
+    """AQLM's layer by its name and its shapes, for want of a kernel that runs here."""
+
+    class QuantizedLinear(nn.Module):
+        in_features, out_features = 64, 96
+        __module__ = "aqlm.inference"
+
+        def __init__(self):
+            super().__init__()
+            self.codes = nn.Parameter(torch.zeros(96, 8, 1, dtype=torch.int8), requires_grad=False)
+
+    model = get_peft_model(nn.Sequential(QuantizedLinear()), TRexConfig(target_modules=["0"], use_prior=False))
+    with pytest.raises(ValueError, match=r"0, a QuantizedLinear, cannot take up an adapter \(AQLM\)"):
+        model.merge_and_unload()
+
+
 class OtherTensor(torch.Tensor):
     pass
 
