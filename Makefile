@@ -39,7 +39,7 @@ $(VENV)/demo: $(VENV)/torch pyproject.toml
 
 $(VENV)/test: $(VENV)/torch pyproject.toml
 	$(INSTALL) -e ".[test]"
-	$(INSTALL) --no-deps --target $(VENV)/gptq $(GPTQ)
+	$(INSTALL) --no-deps --upgrade --target $(VENV)/gptq $(GPTQ)
 	touch $@
 
 clean:

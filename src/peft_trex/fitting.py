@@ -91,10 +91,11 @@ def initialize_trex_prior(
         raise ValueError(f"The adapter {adapter_name!r} has prior_encoder={config.prior_encoder!r}; give {wanted}.")
     if embeddings is not None:
         gathered = _check_embeddings(embeddings, prior.dim)
-        gathered = gathered[gathered.any(1)]  # rows without a prompt are zero
     else:
         assert dataloader is not None
         gathered = _embed_all(tuner, prior.dim if external else None, dataloader, max_batches, progress, tokenizer)
+    if external:
+        gathered = gathered[gathered.any(1)]  # rows without a prompt are zero
     return _fit(prior, gathered, seed)
 
 
@@ -199,7 +200,7 @@ def _embed_all(
     progress: bool,
     tokenizer: Any,
 ) -> np.ndarray:
-    """Embeddings (N, d), float32, of all prompts that have any token."""
+    """Embeddings (N, d), float32, of all prompts that have any token; external ones as the batches hold them."""
     try:
         total: int | None = len(dataloader)  # type: ignore[arg-type]
     except TypeError:  # a stream, also one in a DataLoader
@@ -232,8 +233,7 @@ def _embed_batch(tuner: TRexModel, external_dim: int | None, batch: Mapping[str,
             f"The adapter has prior_encoder='external', but a batch has no {EMBEDS} (only {sorted(batch)}); give "
             f"{GIVE_EMBEDDINGS}, and no dataloader, or wrap the collator in a SemanticEmbedsCollator."
         )
-    embeddings = _check_embeddings(batch[EMBEDS], external_dim)
-    return embeddings[embeddings.any(1)]
+    return _check_embeddings(batch[EMBEDS], external_dim)
 
 
 def _fit(prior: SemanticPrior, embeddings: np.ndarray, seed: int) -> TRexPriorReport:
