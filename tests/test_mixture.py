@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peft_trex.mixture import expert_weights, mean_delta_weight, num_experts, rank_one_mixture
+from peft_trex.mixture import expert_weights, mean_core, mix_features, num_experts, rank_one_mixture
 
 DATA = Path(__file__).parent / "data"
 CASES = json.loads((DATA / "index.json").read_text())
@@ -158,24 +158,35 @@ def test_low_precision_routes_in_float32(dtype):
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 33), rtol=0, atol=1e-6)  # a softmax in dtype would not
 
 
+def _static_output(case, core):
+    """What a static core makes of the case's input."""
+    gate = torch.sigmoid(100 * case["gate_logit"])
+    return case["x"] @ (gate * case["B"] @ core @ case["A"]).T
+
+
 @pytest.mark.parametrize("layout", ["grid", "paired"])
-def test_mean_delta_weight_is_exact_without_a_router(layout):
+def test_mean_core_is_exact_without_a_router(layout):
     case = _random_case(layout, 3, 3, rows=1)
     case["router"] = None
     settings = {"token_scale": 9.0, "prior_scale": 4.0, "temperature": 100.0, "layout": layout}
-    delta = mean_delta_weight(
-        case["A"], case["B"], case["prior"][0], case["omega_logit"], case["gate_logit"], use_router=False, **settings
-    )
-    torch.testing.assert_close(case["x"] @ delta.T, rank_one_mixture(**case, **settings))
+    core = mean_core(3, 3, case["prior"][0], case["omega_logit"], use_router=False, **settings)
+    torch.testing.assert_close(_static_output(case, core), rank_one_mixture(**case, **settings))
 
 
-def test_mean_delta_weight_takes_a_uniform_router():
+def test_mean_core_takes_a_uniform_router():
     case = _random_case("grid", 2, 3, rows=1)
     case["router"] = torch.zeros_like(case["router"])
-    delta = mean_delta_weight(
-        case["A"], case["B"], case["prior"][0], case["omega_logit"], case["gate_logit"], token_scale=6.0
-    )
-    torch.testing.assert_close(case["x"] @ delta.T, rank_one_mixture(**case, token_scale=6.0))
+    core = mean_core(2, 3, case["prior"][0], case["omega_logit"], token_scale=6.0)
+    torch.testing.assert_close(_static_output(case, core), rank_one_mixture(**case, token_scale=6.0))
+
+
+@pytest.mark.parametrize("layout", ["grid", "paired"])
+def test_mixed_features_are_what_B_is_applied_to(layout):
+    case = _random_case(layout, 3, 3)
+    weights = {key: case[key] for key in ("x", "router", "prior", "omega_logit")}
+    m = mix_features(case["x"] @ case["A"].T, expert_weights(**weights, token_scale=9.0), layout)
+    gate = torch.sigmoid(100 * case["gate_logit"])
+    torch.testing.assert_close(gate * m @ case["B"].T, rank_one_mixture(**case, token_scale=9.0, layout=layout))
 
 
 @pytest.mark.parametrize(

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from .batches import check_count, reading
 from .config import TRexConfig
 from .embeddings import tokenize_prompts
 from .layer import TRexLayer
-from .model import TRexModel
+from .model import TRexModel, find_tuner
 from .prior import SemanticPrior
 from .scoring import EMBEDS
 
@@ -79,10 +78,7 @@ def initialize_trex_prior(
             or have fewer distinct prompts than the adapter has clusters.
     """
     tuner, config, prior = _find_prior(model, adapter_name)
-    if max_batches is not None and (
-        isinstance(max_batches, bool) or not isinstance(max_batches, int) or max_batches < 1
-    ):
-        raise ValueError(f"max_batches={max_batches!r} must be a whole number of at least 1, or None.")
+    check_count("max_batches", max_batches)
     external = config.prior_encoder == "external"
     if (embeddings is None) == (dataloader is None) or (embeddings is not None and not external):
         wanted = "a dataloader and no embeddings"
@@ -96,7 +92,9 @@ def initialize_trex_prior(
         gathered = _embed_all(tuner, prior.dim if external else None, dataloader, max_batches, progress, tokenizer)
     if external:
         gathered = gathered[gathered.any(1)]  # rows without a prompt are zero
-    return _fit(prior, gathered, seed)
+    report = _fit(prior, gathered, seed)
+    tuner.forget_static(adapter_name)
+    return report
 
 
 class TRexPriorCallback(TrainerCallback):
@@ -131,7 +129,7 @@ class TRexPriorCallback(TrainerCallback):
             raise ValueError(
                 "TRexPriorCallback needs the Trainer's model and train_dataloader; it was called without."
             )
-        tuner = _find_tuner(model)
+        tuner = find_tuner(model)
         for name in tuner.active_adapters:
             prior = tuner.prior_of(name)
             if prior is not None and not prior.fitted:
@@ -146,22 +144,10 @@ class TRexPriorCallback(TrainerCallback):
                 )
 
 
-def _find_tuner(model: nn.Module) -> TRexModel:
-    tuner = next((module for module in model.modules() if isinstance(module, TRexModel)), None)
-    if tuner is None:
-        raise ValueError(
-            f"The model, a {type(model).__name__}, has no T-REX adapter; make one with get_peft_model and TRexConfig."
-        )
-    return tuner
-
-
 def _find_prior(model: nn.Module, adapter_name: str) -> tuple[TRexModel, TRexConfig, SemanticPrior]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; expected a model with a T-REX adapter.")
-    tuner = _find_tuner(model)
-    if adapter_name not in tuner.peft_config:
-        raise ValueError(f"There is no adapter {adapter_name!r}; the model has {sorted(tuner.peft_config)}.")
-    config, prior = tuner.config_of(adapter_name), tuner.prior_of(adapter_name)
+    tuner = find_tuner(model)
+    config = tuner.config_of(adapter_name)
+    prior = tuner.prior_of(adapter_name)
     if not config.use_prior:
         raise ValueError(f"The adapter {adapter_name!r} has use_prior=False, so there is no prior to fit.")
     if prior is None:
@@ -201,15 +187,9 @@ def _embed_all(
     tokenizer: Any,
 ) -> np.ndarray:
     """Embeddings (N, d), float32, of all prompts that have any token; external ones as the batches hold them."""
-    try:
-        total: int | None = len(dataloader)  # type: ignore[arg-type]
-    except TypeError:  # a stream, also one in a DataLoader
-        total = None
-    if max_batches is not None:
-        total = max_batches if total is None else min(total, max_batches)
     gathered = []
-    with torch.random.fork_rng(devices=[]), tqdm(total=total, desc="T-REX prior", disable=not progress) as bar:
-        for batch in islice(dataloader, max_batches):
+    with reading(dataloader, max_batches, progress, "T-REX prior") as batches:
+        for batch in batches:
             if isinstance(batch, list) and tokenizer is not None and "prompt" in batch[0]:
                 batch = tokenize_prompts(batch, tokenizer)
             if not isinstance(batch, Mapping):
@@ -218,7 +198,6 @@ def _embed_all(
                     "or a list of rows with a 'prompt', and a tokenizer."
                 )
             gathered.append(_embed_batch(tuner, external_dim, batch))
-            bar.update()
     if not gathered:
         raise ValueError("The dataloader gave no batch; the prior needs the training prompts.")
     return np.concatenate(gathered)

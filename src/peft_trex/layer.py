@@ -7,15 +7,22 @@ import warnings
 from typing import Any
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from .config import TRexConfig
-from .mixture import expert_weights, mean_delta_weight, num_experts, rank_one_mixture
+from .mixture import expert_weights, mean_core, num_experts, rank_one_mixture
 from .prior import PriorChannel
 from .quantized import read_weight, restore_weight, write_weight
+
+APPROXIMATE = (
+    "T-REX depends on its input, so no static weight equals it. The adapter is merged approximately, with its mean "
+    "routing: uniform over the experts for the tokens, the training prompts' mean scores for the prior. "
+    "calibrate_trex_merge finds the best static weights, and says what they miss."
+)
 
 
 class TRexLayer(BaseTunerLayer):
@@ -30,7 +37,7 @@ class TRexLayer(BaseTunerLayer):
         "trex_omega",  # (1,), a logit; of one axis because FSDP shards no scalars
         "trex_gate",  # (1,), likewise
     )
-    other_param_names: tuple[str, ...] = ("trex_dropout", "trex_settings", "trex_uses_prior")
+    other_param_names: tuple[str, ...] = ("trex_dropout", "trex_settings", "trex_uses_prior", "trex_static")
 
     def __init__(self, base_layer: nn.Module, channel: PriorChannel) -> None:
         self.base_layer = base_layer
@@ -42,6 +49,9 @@ class TRexLayer(BaseTunerLayer):
         self.trex_omega = nn.ParameterDict()
         self.trex_gate = nn.ParameterDict()
         self.trex_dropout = nn.ModuleDict()
+        # what stands for the mixture where weights must be static, once calibrated: for all tokens, and then for each
+        # cluster's; cores C with `m = C a` (1 or 1 + K, r_b, r_a), or wide ones with `m = C x` (1 or 1 + K, r_b, D_in)
+        self.trex_static = BufferDict(persistent=True)
         self.trex_settings: dict[str, dict[str, Any]] = {}
         self.trex_uses_prior: dict[str, bool] = {}
         self._channel = channel
@@ -54,7 +64,7 @@ class TRexLayer(BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: TRexConfig) -> None:
         """Add an adapter, or replace the one of this name."""
         experts = config.num_experts
-        for name in self.adapter_layer_names:  # of the one that is replaced, which may have had more
+        for name in (*self.adapter_layer_names, "trex_static"):  # of the one that is replaced, which may have had more
             if adapter_name in getattr(self, name):
                 del getattr(self, name)[adapter_name]
         self.trex_A[adapter_name] = nn.Parameter(torch.empty(config.r_a, self.in_features))
@@ -94,10 +104,16 @@ class TRexLayer(BaseTunerLayer):
         nn.init.zeros_(self.trex_omega[adapter_name])
         nn.init.zeros_(self.trex_gate[adapter_name])
 
+    def keep_static(self, adapter_name: str, static: Tensor) -> None:
+        """Store what stands for the mixture where weights must be static (S, r_b, r_a) or (S, r_b, D_in)."""
+        self.trex_static[adapter_name] = static.to(self.trex_A[adapter_name].device)
+        self._channel.calibrated.add(adapter_name)
+
     def adopt(self, channel: PriorChannel) -> nn.ModuleDict:
         """Read from another channel from now on; the priors of the former one are returned."""
-        former, self._channel = self._channel.priors, channel
-        return former
+        former, self._channel = self._channel, channel
+        channel.calibrated |= former.calibrated
+        return former.priors
 
     def _prior(self, adapter_name: str, scores: Tensor | None) -> Tensor | None:
         """Prior of each expert (..., E) from the scores of the clusters (..., K); None where it has no part."""
@@ -121,6 +137,42 @@ class TRexLayer(BaseTunerLayer):
         down = self.trex_router_down[adapter_name] if adapter_name in self.trex_router_down else None
         return {"router": router, "router_down": down, "prior": prior, "omega_logit": self.trex_omega[adapter_name]}
 
+    @torch.no_grad()
+    def static_factors(self, adapter_name: str, cluster: int | None = None) -> tuple[Tensor, Tensor]:
+        """The static weight as `up @ down`: down (r, D_in) and up (D_out, r), float32 or wider, r at most r_b.
+
+        Args:
+            adapter_name: the adapter.
+            cluster: for the prompts of this cluster; None for all.
+        """
+        A, B = self.trex_A[adapter_name], self.trex_B[adapter_name]
+        dtype = torch.promote_types(A.dtype, torch.float32)
+        A, B = A.to(dtype), B.to(dtype)
+        up = (
+            torch.sigmoid(self.trex_settings[adapter_name]["temperature"] * self.trex_gate[adapter_name].to(dtype)) * B
+        )
+        if adapter_name not in self.trex_static:
+            core = self.mean_core(adapter_name).to(dtype)
+        else:
+            core = self.trex_static[adapter_name][0 if cluster is None else 1 + cluster].to(dtype)
+            if core.shape[1] == self.in_features:
+                return core, up
+        return (A, up @ core) if A.shape[0] < B.shape[1] else (core @ A, up)
+
+    @torch.no_grad()
+    def mean_core(self, adapter_name: str) -> Tensor:
+        """The core C (r_b, r_a) of the mean routing: uniform over the experts, the training prompts' mean scores."""
+        A, B = self.trex_A[adapter_name], self.trex_B[adapter_name]
+        scores = self._channel.mean_scores(adapter_name) if self.trex_uses_prior[adapter_name] else None
+        return mean_core(
+            A.shape[0],
+            B.shape[1],
+            self._prior(adapter_name, scores if scores is None else scores[None].to(A.device)),
+            self.trex_omega[adapter_name],
+            use_router=adapter_name in self.trex_router,
+            **self.trex_settings[adapter_name],
+        )
+
     def expert_weights(self, x: Tensor, adapter_name: str = "default") -> Tensor:
         """Weight of every expert, before the output gate, for the layer's input `x` (..., D_in): (..., E).
 
@@ -130,6 +182,16 @@ class TRexLayer(BaseTunerLayer):
         x = self._cast_input_dtype(x, self.trex_A[adapter_name].dtype)
         weights = expert_weights(x, **self._routing(adapter_name, x), **settings)
         return weights.expand(*x.shape[:-1], weights.shape[-1])
+
+    def cluster_of(self, x: Tensor, adapter_name: str = "default") -> Tensor:
+        """The cluster in [0, K) of each token's prompt, K where that has no token: (...) for an input (..., D_in).
+
+        To be called within a forward of the model, like `expert_weights`; the adapter's prior must be fitted.
+        """
+        scores = self._channel.scores(adapter_name, x)
+        assert scores is not None
+        clusters = torch.where(scores.any(-1), scores.argmax(-1), scores.shape[-1])
+        return clusters.reshape(*clusters.shape, *[1] * (x.dim() - 1 - clusters.dim())).expand(x.shape[:-1])
 
     def _adapter_output(self, adapter_name: str, x: Tensor) -> Tensor:
         A = self.trex_A[adapter_name]
@@ -166,24 +228,23 @@ class Linear(nn.Module, TRexLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
-    @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The static weight of the adapter's mean routing, in the base weight's layout and float32 or wider."""
-        scores = self._channel.mean_scores(adapter) if self.trex_uses_prior[adapter] else None
-        prior = self._prior(adapter, scores if scores is None else scores[None].to(self.trex_A[adapter].device))
-        delta = mean_delta_weight(
-            self.trex_A[adapter],
-            self.trex_B[adapter],
-            prior,
-            self.trex_omega[adapter],
-            self.trex_gate[adapter],
-            use_router=adapter in self.trex_router,
-            **self.trex_settings[adapter],
-        )
+        """The adapter's static weight, in the base weight's layout and float32 or wider.
+
+        It is the calibrated one, or that of the mean routing while there is none: see [`calibrate_trex_merge`].
+        """
+        down, up = self.static_factors(adapter)
+        delta = up @ down
         return delta.T if self.fan_in_fan_out else delta
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT may turn the adapter into a LoRA: it does so from `get_delta_weight`."""
+        if adapter_name in self.trex_A and adapter_name not in self.trex_static:
+            warnings.warn(APPROXIMATE, stacklevel=3)
+        return True
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters' mean routing to the base weight.
+        """Add the adapters' static weights to the base weight.
 
         Args:
             safe_merge: check the sum for NaN and infinity before the base weight is touched.

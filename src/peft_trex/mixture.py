@@ -110,21 +110,25 @@ def rank_one_mixture(
         temperature=temperature,
     )  # (..., E)
     a = F.linear(x, A)  # (..., r_a)
-    if layout == "grid":
-        mixed = (a.unsqueeze(-1) * G.unflatten(-1, (A.shape[0], B.shape[1]))).sum(-2)  # (..., r_b)
-    else:
-        mixed = a * G  # (..., r_a = r_b)
+    mixed = mix_features(a, G, layout)  # (..., r_b)
     if gate_logit is not None:  # a scalar: on r_b features it costs less than on D_out
         mixed = torch.sigmoid(temperature * gate_logit.to(mixed.dtype)) * mixed
     return F.linear(mixed.to(a.dtype), B)  # (..., D_out)
 
 
-def mean_delta_weight(
-    A: Tensor,
-    B: Tensor,
+def mix_features(a: Tensor, G: Tensor, layout: Layout = "grid") -> Tensor:
+    """What B is applied to, `m = a G` (..., r_b), from a (..., r_a) and the experts' weights G (..., E)."""
+    if layout == "paired":
+        return a * G  # r_a = r_b = E
+    r_a = a.shape[-1]
+    return (a.unsqueeze(-1) * G.unflatten(-1, (r_a, G.shape[-1] // r_a))).sum(-2)
+
+
+def mean_core(
+    r_a: int,
+    r_b: int,
     mean_prior: Tensor | None = None,
     omega_logit: Tensor | None = None,
-    gate_logit: Tensor | None = None,
     *,
     use_router: bool = True,
     token_scale: float,
@@ -132,26 +136,24 @@ def mean_delta_weight(
     temperature: float = 100.0,
     layout: Layout = "grid",
 ) -> Tensor:
-    """The static weight `gate * B C A` (D_out, D_in) of the mixture's mean routing.
+    """The static core C (r_b, r_a) of the mixture's mean routing, with which `m = C a`.
 
     The token router is taken as uniform (1 / E for every expert), the prior at `mean_prior` (E,). Exact when there is
     no router and the prior is that one, an approximation otherwise. Arguments as in [`rank_one_mixture`].
     """
-    experts = num_experts(A.shape[0], B.shape[1], layout)
-    uniform = A.new_zeros(experts, 1) if use_router else None  # softmax of equal logits, whatever the input
+    experts = num_experts(r_a, r_b, layout)
+    like = next((tensor for tensor in (omega_logit, mean_prior) if tensor is not None), torch.empty(0))
+    uniform = like.new_zeros(experts, 1) if use_router else None  # softmax of equal logits, whatever the input
     G = expert_weights(
-        A.new_zeros(1, 1),
+        like.new_zeros(1, 1),
         uniform,
-        A.new_zeros(1, experts) if mean_prior is None else mean_prior.reshape(1, experts),
+        like.new_zeros(1, experts) if mean_prior is None else mean_prior.reshape(1, experts),
         omega_logit,
         token_scale=token_scale,
         prior_scale=prior_scale,
         temperature=temperature,
     ).reshape(experts)
-    core = G.unflatten(0, (A.shape[0], B.shape[1])).T if layout == "grid" else torch.diag(G)  # (r_b, r_a)
-    if gate_logit is not None:
-        core = torch.sigmoid(temperature * gate_logit.to(core.dtype)) * core
-    return B.to(core.dtype) @ core @ A.to(core.dtype)
+    return G.unflatten(0, (r_a, r_b)).T if layout == "grid" else torch.diag(G)
 
 
 def _check_shapes(

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import TRexConfig
-from .layer import Linear, TRexLayer
+from .layer import APPROXIMATE, Linear, TRexLayer
 from .prior import PriorChannel, SemanticPrior
 from .prompts import PromptWatch
 from .quantized import check_mergeable, include_quantised, keep_trainable, release, scheme_of
-from .targets import check_fused_experts, leave_out, name_by_kind
+from .targets import check_fused_experts, check_untied, leave_out, name_by_kind
 
 # TRL's trainers that go on with an adapter (DPO and its kin) add one of this name, with the very configuration of
 # "default", and copy to it what is called `*.default.*`: that misses parameters in a ParameterDict, and buffers
@@ -156,6 +156,7 @@ class TRexModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         # PEFT asks once per merge, which makes this the place for a warning that should not come from every layer
         super()._check_merge_allowed()
+        check_untied(self.model, self.active_adapters)
         quantised = set()  # all are looked at before any is touched
         for path, layer in self.model.named_modules():
             if isinstance(layer, TRexLayer) and not set(self.active_adapters).isdisjoint(layer.trex_A):
@@ -168,11 +169,8 @@ class TRexModel(BaseTuner):
                 "takes it up without that.",
                 stacklevel=3,
             )
-        warnings.warn(
-            "T-REX depends on its input, so no static weight equals it. The adapter is merged approximately, with its "
-            "mean routing: uniform over the experts for the tokens, the training prompts' mean scores for the prior.",
-            stacklevel=3,
-        )
+        if not set(self.active_adapters) & set(self.peft_config) <= self.calibrated_adapters():
+            warnings.warn(APPROXIMATE, stacklevel=3)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         # PEFT puts the innermost layer in a T-REX layer's place, and drops another method's adapter between the two
@@ -202,6 +200,7 @@ class TRexModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         # PEFT loads without strictness: what a damaged or foreign file lacks would stay at its random start in silence
+        _make_room_for_static(model, config, adapter_name, state_dict)
         loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         # an adapter may be called like a part of a module's name, so that only its place in the key tells
         own_key = re.compile(rf"\.{cls.prefix}\w+\.{re.escape(adapter_name)}(\.\w+)?$")
@@ -218,7 +217,33 @@ class TRexModel(BaseTuner):
                 )
         return loaded
 
+    def calibrated_adapters(self) -> set[str]:
+        """Adapters with static weights of their own, which merging uses; see [`calibrate_trex_merge`]."""
+        return {name for layer in self.modules() if isinstance(layer, TRexLayer) for name in layer.trex_static.keys()}
+
+    def forget_static(self, adapter_name: str) -> None:
+        """Drop the calibrated static weights of an adapter, which has changed since."""
+        for layer in self.modules():
+            if isinstance(layer, TRexLayer) and adapter_name in layer.trex_static:
+                del layer.trex_static[adapter_name]
+        self.prompts.channel.calibrated.discard(adapter_name)
+
+    def forget_trained(self) -> None:
+        """Before a training forward: drop the calibrated static weights of the adapters that it will change."""
+        for name in self.calibrated_adapters():
+            layers = [layer for layer in self.modules() if isinstance(layer, TRexLayer) and name in layer.trex_A]
+            trained = any(layer.trex_A[name].requires_grad for layer in layers)
+            if trained and name in self.active_adapters and not any(layer.merged for layer in layers):
+                self.forget_static(name)
+                warnings.warn(
+                    f"The adapter {name!r} is trained again, so the static weights that calibrate_trex_merge found "
+                    "for it were dropped; call it anew before the adapter is merged or exported.",
+                    stacklevel=2,
+                )
+
     def config_of(self, adapter_name: str) -> TRexConfig:
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"There is no adapter {adapter_name!r}; the model has {sorted(self.peft_config)}.")
         config = self.peft_config[adapter_name]
         if not isinstance(config, TRexConfig):  # PEFT warns of a second method on a model, and lets it take the name
             raise ValueError(
@@ -260,6 +285,49 @@ class TRexModel(BaseTuner):
         if isinstance(embedding, BaseTunerLayer):
             embedding = embedding.get_base_layer()
         return embedding if isinstance(embedding, nn.Embedding) else None
+
+
+def find_tuner(model: Any) -> TRexModel:
+    """The T-REX tuner in a model, as `get_peft_model` returns it or around that."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected a model with a T-REX adapter.")
+    tuner = next((module for module in model.modules() if isinstance(module, TRexModel)), None)
+    if tuner is None:
+        raise ValueError(
+            f"The model, a {type(model).__name__}, has no T-REX adapter; make one with get_peft_model and TRexConfig."
+        )
+    return tuner
+
+
+def _make_room_for_static(
+    model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> None:
+    """Let the layers hold the static weights that an adapter's file brings, or none where it was not calibrated."""
+    assert isinstance(config, TRexConfig)
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, TRexLayer) and adapter_name in module.trex_A
+    }
+    for name, layer in layers.items():
+        given = state_dict.get(f"{name}.trex_static")
+        if given is not None and (
+            given.dim() != 3
+            or given.shape[0] not in (1, 1 + config.num_clusters)
+            or given.shape[1] != config.r_b
+            or given.shape[2] not in (config.r_a, layer.in_features)
+        ):
+            raise ValueError(
+                f"The T-REX tensor {name}.trex_static has shape {tuple(given.shape)} in the file; expected (1 or "
+                f"{1 + config.num_clusters}, {config.r_b}, {config.r_a} or {layer.in_features}). The file is damaged "
+                "or was saved for another base model or configuration."
+            )
+    for name, layer in layers.items():
+        given = state_dict.get(f"{name}.trex_static")
+        if given is not None:
+            layer.keep_static(adapter_name, torch.zeros_like(given))
+        elif adapter_name in layer.trex_static:
+            del layer.trex_static[adapter_name]
 
 
 def _explain_wrong_shapes(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:

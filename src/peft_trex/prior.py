@@ -128,6 +128,7 @@ class PriorChannel:
     def __init__(self, priors: nn.ModuleDict) -> None:
         self.priors = priors
         self.running = _Running()
+        self.calibrated: set[str] = set()  # adapters whose layers hold static weights
 
     def run(self, prior: ForwardPrior | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call `function` as part of the forward that `prior` belongs to."""

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -100,6 +101,8 @@ class PromptWatch:
             running.owner = running.prior = None
         if running.prior is not None:
             return args, kwargs  # part of a forward that is running
+        if self.channel.calibrated and module.training and torch.is_grad_enabled():
+            self.tuner.forget_trained()
         adapters = self._adapters()
         if not adapters:
             return args, kwargs

@@ -102,3 +102,23 @@ def _names_a_layer(target: str, model: nn.Module) -> bool:
         if linear and f".{name}".endswith(f".{target}"):
             return True
     return False
+
+
+def check_untied(model: nn.Module, adapter_names: list[str]) -> None:
+    """Raise a ValueError if merging these adapters would change a weight that another module uses as well."""
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(path)
+    for path, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer) and any(name in getattr(layer, "trex_A", ()) for name in adapter_names):
+            shared = owners.get(id(layer.get_base_layer()._parameters.get("weight")), [])
+            if len(shared) > 1:
+                others = [other for other in shared if not other.startswith(f"{path}.")]
+                raise ValueError(
+                    f"The weight of {path} is tied to that of {', '.join(others)}: merging an adapter into it would "
+                    "change both, and nothing was merged. Leave the module out with exclude_modules, untie the two "
+                    "before the adapter is made (a copy of the weight, and tie_word_embeddings=False in the model's "
+                    "configuration), or serve the adapter as it is."
+                )
