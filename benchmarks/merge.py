@@ -4,7 +4,7 @@
 
 Takes the adapter that `make demo` trained. Compared are the routed adapter; the base model with the adapter merged by
 its mean routing, by the best core, and by the best input fit; and the LoRA of each cluster, exported, and served by
-PEFT itself in mixed batches. Test prompts are drawn anew; those that the adapter was trained on are left out.
+PEFT itself in mixed batches. The test prompts are the demo's, and others like them that it was not trained on.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,11 @@ def main() -> None:
     parser.add_argument("--calibrate", type=int, default=320, help="training rows to calibrate on")
     parser.add_argument("--forms", nargs="+", default=["mean", "core", "input", "clusters"], help="which to measure")
     arguments = parser.parse_args()
-    train, _ = generate(600, 16)
-    known = {row["prompt"] for row in train}
+    train, test = generate(600, 16)
+    known = {row["prompt"] for row in (*train, *test)}
     _, drawn = generate(600, arguments.test, seed=1)
-    test = [row for row in drawn if row["prompt"] not in known]
+    test += [row for row in drawn if row["prompt"] not in known]
+    counts = Counter(row["task"] for row in test)
     probe = test[: arguments.probe]
     base, tokenizer = load_model(arguments.model)
     model = PeftModel.from_pretrained(base, arguments.adapter).eval()
@@ -74,14 +76,18 @@ def main() -> None:
     rows = train[: arguments.calibrate]
     data = [collate([encode(tokenizer, row) for row in rows[start : start + 16]]) for start in range(0, len(rows), 16)]
     print(f"{len(test)} test prompts, KL on {len(probe)}; calibration on {len(rows)} training rows")
-    found: dict[str, dict[str, float]] = {"routed": accuracy(model, tokenizer, test, "routed")}
     routed = answer_logits(model, tokenizer, probe)
-    kl = {"routed": 0.0}
+    found: dict[str, dict[str, float]] = {}
+    kl: dict[str, float] = {}
 
     def measure(form: str, deployed: Any) -> None:
-        found[form] = accuracy(deployed, tokenizer, test, form)
+        shares = accuracy(deployed, tokenizer, test, form)
+        shares["prompts"] = sum(counts[task] * shares[task] for task in counts) / len(test)
+        found[form] = shares
         kl[form] = mean_kl(routed, answer_logits(deployed, tokenizer, probe))
-        print(f"{form}: mean accuracy {found[form]['mean']:.4f}, KL(routed || {form}) {kl[form]:.4f}", flush=True)
+        print(f"{form}: {shares['prompts']:.4f} of all prompts right, KL {kl[form]:.4f}", flush=True)
+
+    measure("routed", model)
 
     for form in arguments.forms:
         if form != "mean":
@@ -91,7 +97,7 @@ def main() -> None:
             print(f"{form}: {report}; {time.perf_counter() - start:.0f} s")
         if form.startswith("clusters"):
             with tempfile.TemporaryDirectory() as folder:
-                save_trex_as_lora(model, Path(folder) / "lora")
+                save_trex_as_lora(model, Path(folder) / "lora", save_embedding_layers=False)
                 measure(form, Served(load_model(arguments.model)[0], Path(folder) / "lora"))
             continue
         with warnings.catch_warnings():

@@ -3,7 +3,8 @@
     python examples/quickstart.py [--model NAME_OR_FOLDER] [--data FILE.jsonl] [--steps N] [--out FOLDER]
 
 Fits the semantic prior, trains with transformers' Trainer, compares accuracy per task before and after, saves the
-adapter and loads it in a fresh process, merges it, and draws which experts each task uses. Works offline.
+adapter and loads it in a fresh process, exports it as plain LoRA, merges it, and draws which experts each task uses.
+Works offline.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 import time
-import warnings
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from transformers import (
     set_seed,
 )
 
-from peft_trex import TRexConfig, TRexLayer, initialize_trex_prior
+from peft_trex import TRexConfig, TRexLayer, calibrate_trex_merge, initialize_trex_prior, save_trex_as_lora
 
 Rows = list[dict[str, str]]
 
@@ -266,6 +267,9 @@ def main() -> None:
     trainer.train()
     after = accuracy(model, tokenizer, test, "after")
 
+    calibration = torch.utils.data.DataLoader(data, batch_size=16, collate_fn=collator)
+    print(calibrate_trex_merge(model, calibration, per_cluster=True, max_batches=20))
+
     probe = test[:32]
     routed = answer_logits(model, tokenizer, probe)
     model.save_pretrained(out / "adapter", save_embedding_layers=False)  # the vocabulary is the base model's
@@ -276,12 +280,15 @@ def main() -> None:
     again = [sys.executable, __file__, "--reload", "--out", str(out)]
     subprocess.run(again + (["--model", arguments.model] if arguments.model else []), check=True)
 
+    shutil.rmtree(out / "lora", ignore_errors=True)  # of an earlier run; an export never writes over anything
+    save_trex_as_lora(model, out / "lora", save_embedding_layers=False)
+    print(f"exported as {1 + len(report.cluster_sizes)} plain LoRA adapters and a router: {out / 'lora'}")
+
     draw_expert_use(expert_use(model, tokenizer, test), out / "experts.png")
     print(f"which experts each task uses: {out / 'experts.png'}")
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that the merge is approximate is what comes next, in figures
-        merged = model.merge_and_unload()
+    print(calibrate_trex_merge(model, calibration, fit="input", max_batches=20))
+    merged = model.merge_and_unload()
     merged_accuracy = accuracy(merged, tokenizer, test, "merged")
     merged_kl = mean_kl(routed, answer_logits(merged, tokenizer, probe))
     print()

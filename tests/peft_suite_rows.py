@@ -31,6 +31,17 @@ REPLACED: dict[str, list[tuple[str, Any]]] = {
         (r"nn\.Conv2d\(3, 10, 3\)", "nn.Linear(10, 10)"),
         (r"(self\.emb[01] = )nn\.Embedding", r"\1nn.Linear"),
     ],
+    # written for LoKr; a single expert, whose weight does not depend on the input, can be converted without loss
+    "test_lora_conversion.py": [
+        (r"\.lokr", ".trex_A"),
+        (
+            r"\Z",
+            "\n\ndef LoKrConfig(r=None, **kwargs):\n"
+            "    targets = {'target_modules': ['q_proj', 'v_proj']}\n"
+            "    return TRexConfig(r_a=1, r_b=1, num_clusters=1, token_scale=512.0, **{**targets, **kwargs})\n",
+        ),
+        (r"weight shape \(16\)", "weight shape (32)"),  # of our models
+    ],
     "test_mixed.py": [(r"PrefixTuningConfig\(\)", "TRexConfig()"), ("PREFIX_TUNING", "TREX")],
 }
 
@@ -92,7 +103,7 @@ PAIRS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 # name, arguments of TRexConfig, and which tests run, for each model of the files in TABLES
 CONFIGS: list[tuple[str, dict[str, Any], str]] = [
     ("TRex default", {}, ""),
-    ("TRex one expert", {"r_a": 1, "r_b": 1, "num_clusters": 1}, "merge|unload"),
+    ("TRex one expert", {"r_a": 1, "r_b": 1, "num_clusters": 1}, "merge|unload|lora_conversion"),
 ]
 # name, arguments of TRexConfig, arguments of torch.compile: traced both ways, without minutes of code generation
 COMPILED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [

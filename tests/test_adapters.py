@@ -533,7 +533,7 @@ def test_a_tied_head_keeps_the_embedding_and_refuses_a_merge():
     for merge in (model.merge_adapter, model.merge_and_unload):
         with (
             pytest.warns(UserWarning, match="tie_word_embeddings=True"),
-            pytest.raises(ValueError, match="weight of lm_head is tied to that of model.embed_tokens"),
+            pytest.raises(ValueError, match=r"weight of lm_head is tied to that of model\.embed_tokens"),
         ):
             merge()
         torch.testing.assert_close(_logits(model), logits, rtol=0, atol=0)

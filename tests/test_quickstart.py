@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from peft_trex import SemanticRouter
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
@@ -56,6 +58,8 @@ def test_quickstart_runs_through(tmp_path, tiny_model):
         "8 tasks, 4800 training rows, 16 held-out prompts",
         "32 clusters",
         "bitwise equal",
+        "one for each of 32 clusters",
+        "exported as 33 plain LoRA adapters",
         "KL(adapter || merged) = ",
         "mean ",
     ):
@@ -64,6 +68,8 @@ def test_quickstart_runs_through(tmp_path, tiny_model):
         assert f"\n{task} " in result.stdout
     assert (tmp_path / "experts.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
+    router = SemanticRouter.from_pretrained(tmp_path / "lora")
+    assert all((folder / "adapter_model.safetensors").exists() for folder in router.adapters.values())
 
 
 @pytest.mark.slow

@@ -4,44 +4,53 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from . import semantic_router
-from .layer import TRexLayer
-from .model import TRexModel, find_tuner
+from .layer import APPROXIMATE, TRexLayer
+from .model import TRexModel, find_peft_model, find_tuner
 from .prior import SemanticPrior
 
 OVERALL = "overall"
 
 
 def save_trex_as_lora(
-    model: nn.Module, path: str | os.PathLike[str], *, adapter_name: str = "default", per_cluster: bool = True
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    adapter_name: str = "default",
+    per_cluster: bool = True,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
 ) -> None:
     """Save an adapter as plain LoRA, which PEFT, vLLM and others load and serve without this package.
 
-    The LoRA hold the static weights that [`calibrate_trex_merge`] found, without further loss; their rank is r_b or
-    less, and lora_alpha equals it. The folder itself is the adapter for all prompts, "overall". With `per_cluster` it
-    also holds `cluster_00`, `cluster_01`, ..., one adapter for each cluster of prompts, and what chooses between them:
-    `router.json`, `router.safetensors` and `semantic_router.py`, a copy of the module with [`SemanticRouter`], which
-    needs NumPy and safetensors only.
+    The LoRA hold the static weights that [`calibrate_trex_merge`] found, to the rounding of the adapter's dtype; their
+    rank is r_b or less, and lora_alpha equals it. The folder itself is the adapter for all prompts, "overall". With
+    `per_cluster` it also holds `cluster_00`, `cluster_01`, ..., one adapter for each cluster of prompts, and what
+    chooses between them: `router.json`, `router.safetensors` and `semantic_router.py`, a copy of the module with
+    [`SemanticRouter`], which needs NumPy and safetensors only.
 
     Args:
         model: a model with a T-REX adapter.
-        path: the folder, which must not exist yet, or be empty. It appears when all is written.
+        path: the folder, which must not exist yet, or be empty. The files appear in it when all are written.
         adapter_name: the adapter.
         per_cluster: save the clusters' adapters, too.
+        save_embedding_layers: as in PEFT's `save_pretrained`; "auto" saves them where the vocabulary was resized.
 
     Raises:
         FileExistsError: if there is something at `path` already.
@@ -67,13 +76,23 @@ def save_trex_as_lora(
             f"The adapter {adapter_name!r} has no static weights for each cluster; call calibrate_trex_merge(model, "
             "dataloader, per_cluster=True) first, or set per_cluster=False."
         )
-    saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    if not per_cluster and adapter_name not in tuner.calibrated_adapters():
+        warnings.warn(APPROXIMATE, stacklevel=2)
+    saved = get_peft_model_state_dict(
+        find_peft_model(model), adapter_name=adapter_name, save_embedding_layers=save_embedding_layers
+    )
+    own = tuple(f".{name}" for name in (*TRexLayer.adapter_layer_names, "trex_static"))
     # what is trained in full beside the adapter, a classification head for instance
-    others = {key: tensor for key, tensor in saved.items() if f".{TRexModel.prefix}" not in key}
+    others = {
+        key: tensor.cpu().contiguous()
+        for key, tensor in saved.items()
+        if not key.endswith(own) and ".trex_prior." not in key
+    }
+    _check_finite(others, adapter_name)
     folders: dict[str, int | None] = {".": None}
     if per_cluster:
         folders.update((f"cluster_{index:02d}", index) for index in range(config.num_clusters))
-    with _appearing(Path(path).absolute()) as folder:
+    with _appearing(Path(path).resolve()) as folder:
         for name, cluster in folders.items():
             tensors, rank = _lora_tensors(layers, adapter_name, cluster)
             lora = LoraConfig(
@@ -84,6 +103,7 @@ def save_trex_as_lora(
                 fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
                 task_type=config.task_type,
                 base_model_name_or_path=config.base_model_name_or_path,
+                revision=config.revision,
                 inference_mode=True,
             )
             (folder / name).mkdir(exist_ok=True)
@@ -95,21 +115,32 @@ def save_trex_as_lora(
 
 @contextmanager
 def _appearing(path: Path) -> Iterator[Path]:
-    """A folder to write to, which takes the place of `path` when all is done, and is gone if that fails."""
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+    """A folder to write to; all that is in it moves to `path` in the end, or is gone if something fails."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(
             f"There is something at {path} already, and it was left as it is; give another path, or remove it first."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = path.parent / f".{path.name}.{os.getpid()}"
-    folder.mkdir()
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=path, prefix=".part-"))
     try:
-        yield folder
-        if path.is_dir():
-            path.rmdir()
-        folder.rename(path)
+        yield part
+        # without its configuration, which comes last, nothing takes a folder for an adapter
+        for entry in sorted(part.iterdir(), key=lambda entry: entry.name == CONFIG_NAME):
+            entry.rename(path / entry.name)
+        made = []
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(part)
+        for folder in made:
+            folder.rmdir()
+
+
+def _check_finite(tensors: dict[str, Tensor], adapter_name: str) -> None:
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"NaN or infinity was found in {name} of the adapter {adapter_name!r}; nothing was saved."
+            )
 
 
 def _lora_tensors(
@@ -120,19 +151,23 @@ def _lora_tensors(
     rank = max(len(down) for down, _ in factors.values())
     tensors = {}
     for name, (down, up) in factors.items():
-        if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
-            raise ValueError(f"NaN or infinity was found in the layer {name} of the adapter {adapter_name!r}.")
         dtype, missing = layers[name].trex_A[adapter_name].dtype, rank - len(down)
         tensors[f"base_model.model.{name}.lora_A.weight"] = F.pad(down, (0, 0, 0, missing)).to("cpu", dtype)
         tensors[f"base_model.model.{name}.lora_B.weight"] = F.pad(up, (0, missing)).to("cpu", dtype)
+    _check_finite(tensors, adapter_name)  # as they are saved: in float16 a large product may have become infinity
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, rank
 
 
-def _target_names(model: nn.Module, layers: dict[str, TRexLayer]) -> list[str]:
-    """The shortest names by which LoRA finds these layers and no others."""
-    names = {name.rpartition(".")[2] for name in layers}
-    found = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in names}
-    return sorted(names if found == set(layers) else layers)
+def _target_names(model: nn.Module, layers: dict[str, TRexLayer]) -> list[str] | str:
+    """What LoRA's `target_modules` has to be to find these layers and no others: short names if they do."""
+    modules = [name for name, _ in model.named_modules()]
+    short = {name.rpartition(".")[2] for name in layers}
+    for names in (short, set(layers)):
+        if {name for name in modules if name in names or name.endswith(tuple(f".{end}" for end in names))} == set(
+            layers
+        ):
+            return sorted(names)
+    return "|".join(re.escape(name) for name in sorted(layers))  # one layer's name is the end of another module's
 
 
 def _save_router(folder: Path, tuner: TRexModel, adapter_name: str, clusters: list[str]) -> None:
@@ -141,9 +176,9 @@ def _save_router(folder: Path, tuner: TRexModel, adapter_name: str, clusters: li
     tensors = {"centroids": prior.centroids.float(), "mean": prior.mean.float()}
     if config.prior_encoder == "input_embeddings":
         tensors["token_scores"] = _token_scores(tuner, prior)
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / "router.safetensors"
-    )
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    _check_finite(tensors, adapter_name)
+    save_file(tensors, folder / "router.safetensors")
     described: dict[str, Any] = {
         "version": semantic_router.VERSION,
         "base_model_name_or_path": config.base_model_name_or_path,

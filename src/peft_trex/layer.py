@@ -229,10 +229,14 @@ class Linear(nn.Module, TRexLayer):
         self.update_layer(adapter_name, config)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The adapter's static weight, in the base weight's layout and float32 or wider.
+        """The adapter's static weight, in the base weight's layout and the adapter's dtype.
 
         It is the calibrated one, or that of the mean routing while there is none: see [`calibrate_trex_merge`].
         """
+        return self._delta_weight(adapter).to(self.trex_A[adapter].dtype)
+
+    def _delta_weight(self, adapter: str) -> Tensor:
+        """The same in float32 or wider: what is merged is rounded once, with the base weight."""
         down, up = self.static_factors(adapter)
         delta = up @ down
         return delta.T if self.fan_in_fan_out else delta
@@ -257,7 +261,7 @@ class Linear(nn.Module, TRexLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.trex_A:
                 continue
-            self._add_to_base(self.get_delta_weight(name), name, check=safe_merge)
+            self._add_to_base(self._delta_weight(name), name, check=safe_merge)
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
@@ -272,7 +276,7 @@ class Linear(nn.Module, TRexLayer):
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             if name in self.trex_A:
-                self._add_to_base(-self.get_delta_weight(name), name, check=False)
+                self._add_to_base(-self._delta_weight(name), name, check=False)
 
     @torch.no_grad()
     def _add_to_base(self, delta: Tensor, adapter_name: str, check: bool) -> None:

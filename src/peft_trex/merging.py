@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from .batches import check_count, reading
 from .layer import TRexLayer
 from .mixture import mix_features
-from .model import TRexModel, find_tuner
+from .model import TRexModel, find_peft_model, find_tuner
 
 Fit = Literal["core", "input"]
 # added to E[z z^T]'s diagonal, as a share of its mean: directions that no token took keep what the fit starts from
@@ -136,9 +136,10 @@ def calibrate_trex_merge(
             "can be read once; give a DataLoader or a list of batches, or use fit='core'."
         )
     fits: dict[str, _LayerFit] = {}
+    running = find_peft_model(model)  # hooks have no place in a compiled graph
     with _only(tuner, adapter_name):
         for group in groups:
-            moments = _gather(model, tuner, group, adapter_name, clusters, fit, dataloader, max_batches, progress)
+            moments = _gather(running, tuner, group, adapter_name, clusters, fit, dataloader, max_batches, progress)
             for name, layer in group.items():
                 fits[name] = _fit(name, layer, adapter_name, moments.pop(name), fit)
     report = _report(fits, fit, clusters)
@@ -314,7 +315,7 @@ def _only(tuner: TRexModel, adapter_name: str) -> Iterator[None]:
 
 
 def _gather(
-    model: nn.Module,
+    running: nn.Module,
     tuner: TRexModel,
     layers: Mapping[str, TRexLayer],
     adapter_name: str,
@@ -365,7 +366,7 @@ def _gather(
                 masks[:] = _token_masks(
                     batch, getattr(getattr(tuner.model, "config", None), "is_encoder_decoder", False)
                 )
-                model(**batch)
+                running(**batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft.config import PeftConfig
+from peft.peft_model import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -297,6 +298,11 @@ def find_tuner(model: Any) -> TRexModel:
             f"The model, a {type(model).__name__}, has no T-REX adapter; make one with get_peft_model and TRexConfig."
         )
     return tuner
+
+
+def find_peft_model(model: nn.Module) -> nn.Module:
+    """The PeftModel in a wrapper (DDP's, torch.compile's), or the tuner itself where there is none."""
+    return next((module for module in model.modules() if isinstance(module, PeftModel)), None) or find_tuner(model)
 
 
 def _make_room_for_static(

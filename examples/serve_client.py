@@ -1,0 +1,111 @@
+"""Have a server complete prompts, each with the adapter of its cluster; the server knows nothing of T-REX.
+
+    python examples/serve_client.py --export FOLDER --tokenizer NAME_OR_FOLDER [--server HOST:PORT] PROMPT ...
+
+The export folder (of `peft_trex.save_trex_as_lora`) brings its own router. Besides the tokenizer this needs numpy and
+safetensors; no torch, no peft, no peft_trex.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import importlib.util
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+
+def load_router(export: Path) -> Any:
+    """The SemanticRouter of an exported folder, by the code that lies in it."""
+    code = export / "semantic_router.py"
+    if not code.is_file():
+        raise SystemExit(
+            f"{export} holds no semantic_router.py; expected a folder that "
+            "peft_trex.save_trex_as_lora(model, folder, per_cluster=True) has written."
+        )
+    spec = importlib.util.spec_from_file_location("semantic_router", code)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    try:
+        return module.SemanticRouter.from_pretrained(export)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+
+
+def encode(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of a prompt, written as examples/quickstart.py writes it in training: the router must see the same."""
+    if tokenizer.chat_template is None:
+        text = f"{prompt}\nAnswer: "
+    else:
+        turns = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def complete(
+    server: str, model: str, token_ids: Sequence[int], max_tokens: int, ignore_eos: bool = False
+) -> list[int]:
+    """New token ids, greedy, from vLLM's OpenAI server at HOST:PORT; `model` is an adapter's or the base's name."""
+    request = {
+        "model": model,
+        "prompt": list(token_ids),
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": ignore_eos,
+        "return_token_ids": True,
+    }
+    connection = http.client.HTTPConnection(server, timeout=600)
+    try:
+        connection.request("POST", "/v1/completions", json.dumps(request), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        body = response.read().decode()
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise http.client.HTTPException(f"status {response.status} for a request to {model!r}: {body[:500]}")
+    return json.loads(body)["choices"][0]["token_ids"]
+
+
+def complete_all(
+    server: str, models: Sequence[str], prompts: Sequence[Sequence[int]], max_tokens: int, ignore_eos: bool = False
+) -> list[list[int]]:
+    """All requests at once, as from as many users."""
+    pool = ThreadPoolExecutor(len(prompts))
+    try:
+        jobs = [
+            pool.submit(complete, server, model, prompt, max_tokens, ignore_eos)
+            for model, prompt in zip(models, prompts, strict=True)
+        ]
+        return [job.result() for job in jobs]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # after an error or Ctrl-C nobody waits for the others
+
+
+def main() -> None:
+    from transformers import AutoTokenizer
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT")
+    parser.add_argument("--export", type=Path, required=True, help="exported folder; the server has its adapters")
+    parser.add_argument("--tokenizer", required=True, help="name or folder of the base model")
+    parser.add_argument("--server", default="127.0.0.1:8000", metavar="HOST:PORT")
+    parser.add_argument("--max-tokens", type=int, default=32)
+    arguments = parser.parse_args()
+    router = load_router(arguments.export)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    prompts = [encode(tokenizer, prompt) for prompt in arguments.prompts]
+    names = router.adapter_names(prompts)
+    try:
+        answers = complete_all(arguments.server, names, prompts, arguments.max_tokens)
+    except (OSError, http.client.HTTPException) as error:
+        raise SystemExit(f"The server at {arguments.server} failed: {error}") from error
+    for prompt, name, answer in zip(arguments.prompts, names, answers, strict=True):
+        print(f"{name}\t{prompt}\t{tokenizer.decode(answer, skip_special_tokens=True).strip()}")
+
+
+if __name__ == "__main__":
+    main()
