@@ -460,6 +460,7 @@ def test_training_drops_them_with_one_warning_and_evaluation_does_not():
     model = _two()
     model.set_adapter("other")
     model.train()
+    model.set_requires_grad("default")
     _silent(model, **answered(4)).loss.backward()  # trains the other one
     model.set_adapter("default")
     with torch.no_grad():
@@ -513,8 +514,25 @@ def test_a_new_prior_or_a_new_adapter_has_none():
     calibrate_trex_merge(model, batches(), progress=False)
     config = model.peft_config["default"]
     model.delete_adapter("default")
+    assert "trex_static" not in str([*model.state_dict()])
     model.add_adapter("default", config)
-    assert not _statics(model) and "trex_static" not in str([*model.state_dict()])
+    assert "trex_static" not in str([*model.state_dict()])
+
+
+@pytest.mark.filterwarnings("ignore:Already found:UserWarning", "ignore:You are trying to modify:UserWarning")
+def test_a_second_tuner_on_the_same_base_model():
+    first = adapted(target_modules=["q_proj"])
+    calibrate_trex_merge(first, batches(), progress=False)
+    config = {"r_a": 2, "r_b": 3, "num_clusters": 4, "task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}
+    second = get_peft_model(first.base_model.model, TRexConfig(**config), adapter_name="other")
+    assert len(_statics(second)) == 2  # the former adapter goes on, and goes stale when it is trained
+    second.base_model.set_adapter(["default", "other"])
+    initialize_trex_prior(second, batches(), adapter_name="other", progress=False)
+    with pytest.warns(UserWarning, match="'default' is trained again"):
+        second.train()(**answered(4))
+    calibrate_trex_merge(second, batches(), adapter_name="other", progress=False)
+    third = get_peft_model(second.base_model.model, TRexConfig(**config), adapter_name="other")  # takes its place
+    assert not _statics(third, "other")
 
 
 def _state(model):

@@ -104,10 +104,18 @@ class TRexLayer(BaseTunerLayer):
         nn.init.zeros_(self.trex_omega[adapter_name])
         nn.init.zeros_(self.trex_gate[adapter_name])
 
-    def keep_static(self, adapter_name: str, static: Tensor) -> None:
-        """Store what stands for the mixture where weights must be static (S, r_b, r_a) or (S, r_b, D_in)."""
-        self.trex_static[adapter_name] = static.to(self.trex_A[adapter_name].device)
-        self._channel.calibrated.add(adapter_name)
+    def parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
+        """The adapter's parameters in this layer."""
+        kinds = (getattr(self, name) for name in self.adapter_layer_names)
+        return [parameters[adapter_name] for parameters in kinds if adapter_name in parameters]
+
+    def keep_static(self, adapter_name: str, static: Tensor | None) -> None:
+        """Store what stands for the mixture where weights must be static, or drop what was stored."""
+        if static is not None:
+            self.trex_static[adapter_name] = static.to(self.trex_A[adapter_name].device)
+            self._channel.calibrated.add(adapter_name)
+        elif adapter_name in self.trex_static:
+            del self.trex_static[adapter_name]
 
     def adopt(self, channel: PriorChannel) -> nn.ModuleDict:
         """Read from another channel from now on; the priors of the former one are returned."""
@@ -235,6 +243,7 @@ class Linear(nn.Module, TRexLayer):
         """
         return self._delta_weight(adapter).to(self.trex_A[adapter].dtype)
 
+    @torch.no_grad()
     def _delta_weight(self, adapter: str) -> Tensor:
         """The same in float32 or wider: what is merged is rounded once, with the base weight."""
         down, up = self.static_factors(adapter)

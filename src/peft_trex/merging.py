@@ -25,6 +25,7 @@ from .batches import check_count, reading
 from .layer import TRexLayer
 from .mixture import mix_features
 from .model import TRexModel, find_peft_model, find_tuner
+from .spans import find_prompts
 
 Fit = Literal["core", "input"]
 # added to E[z z^T]'s diagonal, as a share of its mean: directions that no token took keep what the fit starts from
@@ -126,11 +127,11 @@ def calibrate_trex_merge(
         for name, module in tuner.model.named_modules()
         if isinstance(module, TRexLayer) and adapter_name in module.trex_A
     }
-    if any(layer.merged for layer in layers.values()):
+    if any(layer.merged for layer in tuner.modules() if isinstance(layer, BaseTunerLayer)):
         raise ValueError("An adapter is merged into the model; call unmerge_adapter() before the calibration.")
     clusters = config.num_clusters if per_cluster else 0
     groups = list(_groups(layers, 1 + clusters, wide=fit == "input"))
-    if len(groups) > 1 and iter(dataloader) is dataloader:
+    if len(groups) > 1 and isinstance(dataloader, Iterator):
         raise ValueError(
             f"fit='input' reads the data {len(groups)} times for this model, but the dataloader is an iterator, which "
             "can be read once; give a DataLoader or a list of batches, or use fit='core'."
@@ -307,7 +308,9 @@ def _only(tuner: TRexModel, adapter_name: str) -> Iterator[None]:
     finally:
         tuner.set_adapter(active)
         if disabled:
-            tuner.disable_adapter_layers()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PEFT's, on biases that are trained, has been heard
+                tuner.disable_adapter_layers()
         for parameter, flag in trained:
             parameter.requires_grad_(flag)
         for module, flag in training:
@@ -327,7 +330,7 @@ def _gather(
 ) -> dict[str, Moments]:
     """The moments of these layers over the data: of each cluster and, last, of what has none."""
     moments: dict[str, Moments] = {}
-    masks: list[Tensor] = []  # of the batch that runs
+    reading_now = _Tokens(tuner)
 
     def counting(layer: TRexLayer, sums: Moments) -> Callable[[nn.Module, tuple], None]:
         A, layout = layer.trex_A[adapter_name], layer.trex_settings[adapter_name]["layout"]
@@ -340,7 +343,7 @@ def _gather(
             sets = torch.zeros(x.shape[:-1], dtype=torch.long, device=x.device)
             if clusters:
                 sets = sets + layer.cluster_of(x, adapter_name)
-            kept = _kept_tokens(x, masks)
+            kept = reading_now.kept(args[0], layer)
             sums.add(*(part[kept].to(sums.zz.device) for part in (z, m, sets)))
 
         return count
@@ -363,31 +366,56 @@ def _gather(
                         "{'input_ids': ...}."
                     )
                 batch = {key: part.to(home) if isinstance(part, Tensor) else part for key, part in batch.items()}
-                masks[:] = _token_masks(
-                    batch, getattr(getattr(tuner.model, "config", None), "is_encoder_decoder", False)
-                )
+                reading_now.start(batch)
                 running(**batch)
     finally:
-        for handle in handles:
+        for handle in (*handles, *reading_now.handles):
             handle.remove()
     return moments
 
 
-def _token_masks(batch: Mapping[str, Any], encoder_decoder: bool) -> list[Tensor]:
-    """Masks (B, T) of what is no padding, for the sequences of a batch."""
-    masks = [batch.get("attention_mask"), batch.get("decoder_attention_mask")]
-    labels = batch.get("labels")
-    if encoder_decoder and masks[1] is None and isinstance(labels, Tensor):
-        masks.append(labels != -100)  # what the decoder reads are the labels, one place to the right
-    return [mask > 0 for mask in masks if isinstance(mask, Tensor) and mask.dim() == 2]
+class _Tokens:
+    """Which tokens of the batch that runs are no padding, for each layer that sees them."""
 
+    def __init__(self, tuner: TRexModel) -> None:
+        base: Any = tuner.model
+        self.handles: list[Any] = []
+        self.encoder: Any = None
+        self.encoded: Tensor | None = None  # what the encoder gave, which cross-attention reads in the decoder
+        self.masks: list[Tensor] = []  # of the input, or of the encoder's; and of the decoder's
+        if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+            self.encoder = base.get_encoder()
+            self.handles.append(self.encoder.register_forward_hook(self._keep))
 
-def _kept_tokens(x: Tensor, masks: list[Tensor]) -> Tensor:
-    """Which tokens of a layer's input (..., D_in) count: those that no mask of the same axes leaves out."""
-    kept = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
-    for mask in masks:
-        if x.shape[:-1] == mask.shape:
-            kept = kept & mask.to(x.device)
-        elif x.dim() == 2 and x.shape[0] == mask.numel():
-            kept = kept & mask.to(x.device).flatten()
-    return kept
+    def _keep(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.encoded = output[0]
+
+    def start(self, batch: Mapping[str, Any]) -> None:
+        tokens, mask, labels = batch.get("input_ids"), batch.get("attention_mask"), batch.get("labels")
+        if tokens is None and isinstance(embeds := batch.get("inputs_embeds"), Tensor):
+            tokens = embeds[..., 0]
+        self.masks = [mask > 0] if isinstance(mask, Tensor) and mask.dim() == 2 else []
+        if mask is None and isinstance(tokens, Tensor) and tokens.dim() == 2:  # packed rows may be filled up
+            self.masks = [find_prompts(tokens, None, None, batch.get("position_ids")).mask]
+        if self.encoder is None:
+            return
+        decoded = batch.get("decoder_attention_mask")
+        if decoded is None and isinstance(labels, Tensor):  # which the decoder reads one place to the right
+            decoded = labels != -100
+        if decoded is None and (read := batch.get("decoder_input_ids")) is not None:
+            decoded = torch.ones_like(read)
+        if decoded is not None:
+            self.masks.append(decoded > 0)
+
+    def kept(self, x: Tensor, layer: Any) -> Tensor:
+        """(...), bool, for a layer's input `x` (..., D_in); all of it where no mask has its axes."""
+        masks = self.masks
+        if self.encoder is not None:
+            of_encoder = x is self.encoded or any(layer is module for module in self.encoder.modules())
+            masks = self.masks if of_encoder else self.masks[::-1]
+        for mask in masks:
+            if x.shape[:-1] == mask.shape:
+                return mask.to(x.device)
+            if x.dim() == 2 and x.shape[0] == mask.numel():
+                return mask.to(x.device).flatten()
+        return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -55,6 +56,7 @@ class TRexModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.trex_prior = nn.ModuleDict()
         self.prompts = PromptWatch(self, PriorChannel(self.trex_prior))
+        self._to_merge: list[str] | None = None
         for layer in model.modules():  # of a tuner that was here before: its adapters go on under this one
             if isinstance(layer, TRexLayer):
                 self.trex_prior.update(dict(layer.adopt(self.prompts.channel).items()))
@@ -154,34 +156,60 @@ class TRexModel(BaseTuner):
         if was_active and self.peft_config:  # and each layer chose by itself, among its own, which one takes over
             self.set_adapter(self.active_adapters or [next(iter(self.peft_config))])
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
+        with self._merging(adapter_names):
+            super().merge_adapter(adapter_names, *args, **kwargs)
+
+    @contextmanager
+    def _merging(self, adapter_names: list[str] | None) -> Iterator[None]:
+        """While these are merged: PEFT asks `_check_merge_allowed` without saying what is to be merged."""
+        self._to_merge = adapter_names
+        try:
+            yield
+        finally:
+            self._to_merge = None
+
+    def _check_mergeable(self) -> tuple[set[str], set[str]]:
+        """The adapters that are to be merged, and the names of the quantisations of what they are merged into.
+
+        All layers are looked at before any is touched; what cannot be merged raises a ValueError.
+        """
+        chosen = set(self.active_adapters if self._to_merge is None else self._to_merge)
+        check_untied(self.model, chosen)
+        schemes = {
+            check_mergeable(layer.get_base_layer(), path)
+            for path, layer in self.model.named_modules()
+            if isinstance(layer, TRexLayer) and not chosen.isdisjoint(layer.trex_A)
+        }
+        return chosen & set(self.peft_config), {scheme.name for scheme in schemes if scheme is not None}
+
     def _check_merge_allowed(self) -> None:
         # PEFT asks once per merge, which makes this the place for a warning that should not come from every layer
         super()._check_merge_allowed()
-        check_untied(self.model, self.active_adapters)
-        quantised = set()  # all are looked at before any is touched
-        for path, layer in self.model.named_modules():
-            if isinstance(layer, TRexLayer) and not set(self.active_adapters).isdisjoint(layer.trex_A):
-                quantised.add(check_mergeable(layer.get_base_layer(), path))
-        names = ", ".join(sorted(scheme.name for scheme in quantised if scheme is not None))
-        if names:
+        chosen, quantised = self._check_mergeable()
+        if quantised:
+            names = ", ".join(sorted(quantised))
             warnings.warn(
                 f"The merged weights are quantised anew ({names}), which rounds them: the outputs differ more from "
                 "the adapter's than its approximation explains. A base model that is loaded without quantisation "
                 "takes it up without that.",
                 stacklevel=3,
             )
-        if not set(self.active_adapters) & set(self.peft_config) <= self.calibrated_adapters():
+        if not chosen <= self.calibrated_adapters():
             warnings.warn(APPROXIMATE, stacklevel=3)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         # PEFT puts the innermost layer in a T-REX layer's place, and drops another method's adapter between the two
         between = [layer.base_layer for layer in self.model.modules() if isinstance(layer, TRexLayer)]
-        if merge:
-            for layer in between:
-                if isinstance(layer, BaseTunerLayer):
-                    layer.merge(safe_merge=kwargs.get("safe_merge", False), adapter_names=kwargs.get("adapter_names"))
-        # the base model leaves as it came, without the hooks that watch it
-        model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        names = kwargs.get("adapter_names")
+        with self._merging(names):
+            if merge:
+                self._check_mergeable()
+                for layer in between:
+                    if isinstance(layer, BaseTunerLayer):
+                        layer.merge(safe_merge=kwargs.get("safe_merge", False), adapter_names=names)
+            # the base model leaves as it came, without the hooks that watch it
+            model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         self.prompts.detach()
         release(model)
         return model
@@ -200,10 +228,22 @@ class TRexModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        # PEFT loads without strictness: what a damaged or foreign file lacks would stay at its random start in silence
-        _make_room_for_static(model, config, adapter_name, state_dict)
-        loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        # an adapter may be called like a part of a module's name, so that only its place in the key tells
+        layers = [layer for layer in model.modules() if isinstance(layer, TRexLayer) and adapter_name in layer.trex_A]
+        former = [layer.trex_static[adapter_name] if adapter_name in layer.trex_static else None for layer in layers]
+        try:
+            _make_room_for_static(model, config, adapter_name, state_dict)
+            loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+            cls._check_complete(model, adapter_name, loaded)
+        except ValueError:
+            for layer, static in zip(layers, former, strict=True):
+                layer.keep_static(adapter_name, static)
+            raise
+        return loaded
+
+    @classmethod
+    def _check_complete(cls, model: nn.Module, adapter_name: str, loaded: Mapping[str, Tensor]) -> None:
+        # PEFT loads without strictness: what a damaged or foreign file lacks would stay at its start, in silence. An
+        # adapter may be called like a part of a module's name, so that only its place in the key tells
         own_key = re.compile(rf"\.{cls.prefix}\w+\.{re.escape(adapter_name)}(\.\w+)?$")
         known = set(model.state_dict())  # a module of the base model, trained in full, may carry the prefix as well
         own = {key for key in known if own_key.search(key)}
@@ -216,7 +256,6 @@ class TRexModel(BaseTuner):
                     "it, or load it onto the model that its adapter_config.json names. delete_adapter"
                     f"({adapter_name!r}) removes what was made for it."
                 )
-        return loaded
 
     def calibrated_adapters(self) -> set[str]:
         """Adapters with static weights of their own, which merging uses; see [`calibrate_trex_merge`]."""
@@ -225,15 +264,15 @@ class TRexModel(BaseTuner):
     def forget_static(self, adapter_name: str) -> None:
         """Drop the calibrated static weights of an adapter, which has changed since."""
         for layer in self.modules():
-            if isinstance(layer, TRexLayer) and adapter_name in layer.trex_static:
-                del layer.trex_static[adapter_name]
+            if isinstance(layer, TRexLayer):
+                layer.keep_static(adapter_name, None)
         self.prompts.channel.calibrated.discard(adapter_name)
 
     def forget_trained(self) -> None:
         """Before a training forward: drop the calibrated static weights of the adapters that it will change."""
         for name in self.calibrated_adapters():
             layers = [layer for layer in self.modules() if isinstance(layer, TRexLayer) and name in layer.trex_A]
-            trained = any(layer.trex_A[name].requires_grad for layer in layers)
+            trained = any(parameter.requires_grad for layer in layers for parameter in layer.parameters_of(name))
             if trained and name in self.active_adapters and not any(layer.merged for layer in layers):
                 self.forget_static(name)
                 warnings.warn(
@@ -311,29 +350,36 @@ def _make_room_for_static(
     """Let the layers hold the static weights that an adapter's file brings, or none where it was not calibrated."""
     assert isinstance(config, TRexConfig)
     layers = {
-        name: module
+        f"{name}.trex_static": module
         for name, module in model.named_modules()
         if isinstance(module, TRexLayer) and adapter_name in module.trex_A
     }
-    for name, layer in layers.items():
-        given = state_dict.get(f"{name}.trex_static")
-        if given is not None and (
-            given.dim() != 3
-            or given.shape[0] not in (1, 1 + config.num_clusters)
-            or given.shape[1] != config.r_b
-            or given.shape[2] not in (config.r_a, layer.in_features)
+    given = {key: state_dict[key] for key in layers if key in state_dict}
+    sets = Counter(len(static) for static in given.values()).most_common(1)
+    for key, layer in layers.items():
+        static = given.get(key)
+        if static is None:
+            layer.keep_static(adapter_name, None)
+        elif (
+            static.dim() != 3
+            or len(static) != sets[0][0]
+            or len(static) not in (1, 1 + config.num_clusters)
+            or static.shape[1] != config.r_b
+            or static.shape[2] not in (config.r_a, layer.in_features)
         ):
             raise ValueError(
-                f"The T-REX tensor {name}.trex_static has shape {tuple(given.shape)} in the file; expected (1 or "
-                f"{1 + config.num_clusters}, {config.r_b}, {config.r_a} or {layer.in_features}). The file is damaged "
-                "or was saved for another base model or configuration."
+                f"The T-REX tensor {key} has shape {tuple(static.shape)} in the file; expected (1 or "
+                f"{1 + config.num_clusters}, {config.r_b}, {config.r_a} or {layer.in_features}), and as many sets as "
+                "the other layers have. The file is damaged or was saved for another base model or configuration."
             )
-    for name, layer in layers.items():
-        given = state_dict.get(f"{name}.trex_static")
-        if given is not None:
-            layer.keep_static(adapter_name, torch.zeros_like(given))
-        elif adapter_name in layer.trex_static:
-            del layer.trex_static[adapter_name]
+        else:
+            layer.keep_static(adapter_name, torch.zeros_like(static))
+    if given and len(given) < len(layers):
+        missing = [key for key in layers if key not in given]
+        raise ValueError(
+            f"The adapter file lacks {len(missing)} of {len(layers)} calibrated static weights, such as {missing[0]}; "
+            "it is damaged: restore it, or remove all of them and calibrate the adapter again."
+        )
 
 
 def _explain_wrong_shapes(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:

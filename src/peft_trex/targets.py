@@ -104,7 +104,7 @@ def _names_a_layer(target: str, model: nn.Module) -> bool:
     return False
 
 
-def check_untied(model: nn.Module, adapter_names: list[str]) -> None:
+def check_untied(model: nn.Module, adapter_names: set[str]) -> None:
     """Raise a ValueError if merging these adapters would change a weight that another module uses as well."""
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():
