@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import adapted, answered, batches, make_llama, prompts, randomize
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -19,7 +20,7 @@ from transformers import (
     TorchAoConfig,
 )
 
-from peft_trex import TRexConfig, initialize_trex_prior
+from peft_trex import TRexConfig, calibrate_trex_merge, initialize_trex_prior, save_trex_as_lora
 from peft_trex.layer import TRexLayer
 
 WIDTH = {"hidden_size": 64, "intermediate_size": 128}
@@ -252,6 +253,30 @@ def test_two_adapters_merge_and_a_broken_one_leaves_the_base_alone(kind):
         layer.merge(safe_merge=True)
     assert not layer.merged
     assert torch.equal(logits(model.unload()), base)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao int8", *UNMERGEABLE])
+def test_a_calibrated_adapter_merges_or_leaves_as_lora(kind, tmp_path):
+    model = on(make_quantized(kind))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    before, mean = effective_weight(layer.base_layer)[0], layer.get_delta_weight("default")
+    report = calibrate_trex_merge(model, batches(), per_cluster=True, progress=False)
+    delta = layer.get_delta_weight("default")
+    assert report.error < report.mean_routing_error and (delta - mean).norm() > 0.1 * mean.norm()
+    save_trex_as_lora(model, tmp_path / "lora")
+    lora = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    A, B = (lora[f"base_model.model.model.layers.0.self_attn.q_proj.lora_{part}.weight"] for part in "AB")
+    assert_close(B @ A, delta, 1e-5)
+    if kind in UNMERGEABLE:
+        with pytest.raises(ValueError, match="cannot take up an adapter"):
+            model.merge_adapter()
+    else:
+        with pytest.warns(UserWarning, match="quantised anew") as caught:
+            model.merge_adapter()
+        assert not any("mean routing" in str(warning.message) for warning in caught)
+        assert_close(effective_weight(layer.base_layer)[0], before + delta, 0.2)
+        model.unmerge_adapter()
+    assert torch.equal(effective_weight(layer.base_layer)[0], before)
 
 
 def test_gradients_pass_layers_whose_kernels_compute_none():
