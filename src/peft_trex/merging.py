@@ -89,7 +89,8 @@ def calibrate_trex_merge(
     second moments of each layer's features, and solves for the static weights that miss least of the layer's output
     (least squares, in closed form). They are stored with the adapter, which saves and loads them; `merge_adapter`,
     `merge_and_unload`, `get_delta_weight` and PEFT's `convert_to_lora` use them from then on instead of the mean
-    routing. Training the adapter again drops them. The adapter is touched only when all is done.
+    routing. Training the adapter again (a forward in train mode) drops them. The adapter is touched only when all is
+    done.
 
     Args:
         model: a model with a T-REX adapter, which is not merged.
@@ -102,7 +103,8 @@ def calibrate_trex_merge(
             D_in for "input".
         fit: "core" finds the best (r_b, r_a) matrix between A and B, and keeps a few hundred numbers for each layer in
             memory and in the adapter's file. "input" finds the best (r_b, D_in) matrix before B, which may leave A's
-            span. It needs (D_in, D_in) moments for each layer, and one pass over the data for every 2 GB of them.
+            span. It sums up (D_in, D_in) moments for each layer, K + 1 times as many with `per_cluster`, and reads the
+            data once for every 2 GB of them.
         max_batches: stop after this many batches; None reads all.
         progress: show a progress bar.
 
