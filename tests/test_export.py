@@ -7,13 +7,14 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import MAKERS, VOCAB, adapted, batches, make_llama, prompts, randomize
-from peft import PeftModel, convert_to_lora, get_peft_model
+from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -594,3 +595,72 @@ def test_embeddings_that_were_resized_travel(tmp_path):
     assert sum("embed_tokens" in key or "lm_head" in key for key in tensors) == 2 and config["revision"] == "abc"
     save_trex_as_lora(model, tmp_path / "without", save_embedding_layers=False)
     assert not any("embed_tokens" in key for key in adapter_of(tmp_path / "without")[1])
+
+
+def test_the_configuration_comes_last(tmp_path, monkeypatch):
+    moved, rename = [], Path.rename
+    monkeypatch.setattr(Path, "rename", lambda self, to: moved.append(Path(to).name) or rename(self, to))
+    save_trex_as_lora(calibrated(), tmp_path / "out")
+    assert moved[-1] == "adapter_config.json" and len(moved) == 9
+
+
+def test_files_are_written_on_the_same_disk(tmp_path, monkeypatch):
+    model = calibrated()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    save_trex_as_lora(model, tmp_path / "out")
+
+
+class Dotted(nn.Module):
+    """A layer's name as a pattern would find `axlin`; as a name it is the end of another's."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.sub, self.axlin = nn.Sequential(), nn.Sequential(), nn.Linear(4, 4)
+        self.a.lin = nn.Linear(4, 4)
+        self.sub.a = nn.Sequential()
+        self.sub.a.lin = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.axlin(self.sub.a.lin(self.a.lin(x)))
+
+
+def test_names_are_no_patterns(tmp_path):
+    model = get_peft_model(Dotted(), TRexConfig(r_a=2, r_b=3, use_prior=False, target_modules=r"a\.lin"))
+    with pytest.warns(UserWarning, match="merged approximately"):
+        save_trex_as_lora(randomize(model), tmp_path / "out", per_cluster=False)
+    loaded = PeftModel.from_pretrained(Dotted(), tmp_path / "out")
+    assert {key.rpartition(".lora_")[0] for key in loaded.state_dict() if "lora" in key} == {"base_model.model.a.lin"}
+
+
+def test_the_routers_table_is_not_rounded_under_autocast(tmp_path):
+    model = calibrated()
+    save_trex_as_lora(model, tmp_path / "out")
+    with torch.autocast("cpu", torch.bfloat16):
+        save_trex_as_lora(model, tmp_path / "cast")
+    one, other = (load_file(tmp_path / name / "router.safetensors")["token_scores"] for name in ("out", "cast"))
+    assert torch.equal(one, other)
+
+
+def test_an_interrupt_while_the_files_move_leaves_nothing(tmp_path, monkeypatch, llama):
+    renamed, rename = [], Path.rename
+
+    def interrupted(self, to):
+        renamed.append(to)
+        if len(renamed) == 3:
+            raise KeyboardInterrupt
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_trex_as_lora(llama, tmp_path / "a" / "out")
+    assert not files(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Already found", "ignore:You are trying")
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["up_proj"]])
+def test_an_adapter_beneath_is_not_dropped(tmp_path, targets):
+    beneath = get_peft_model(make_llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model = calibrate(adapted(base=beneath.base_model.model, target_modules=targets))
+    with pytest.raises(ValueError, match=r"Another method's adapter lies in the model .*q_proj"):
+        save_trex_as_lora(model, tmp_path / "out")
+    assert not files(tmp_path)

@@ -8,7 +8,7 @@ import torch
 from conftest import MAKERS, adapted, answered, batches, make_llama, make_t5, pad_to, prompts, randomize
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftModel, convert_to_lora, get_peft_model
+from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
@@ -495,16 +495,6 @@ def test_training_drops_loaded_ones_and_calibrating_again_brings_them_back(tmp_p
         assert not _statics(again)
 
 
-@pytest.mark.parametrize("part", ["trex_A", "trex_router", "trex_map", "trex_omega"])
-def test_training_a_part_of_the_adapter_drops_them_too(part):
-    model = adapted()
-    calibrate_trex_merge(model, batches(), progress=False)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part in name)
-    with pytest.warns(UserWarning, match="trained again"):
-        model.train()(**answered(4))
-
-
 def test_a_new_prior_or_a_new_adapter_has_none():
     model = _two()
     initialize_trex_prior(model, batches(), adapter_name="other", progress=False)
@@ -685,3 +675,192 @@ def test_clusters_need_a_fitted_prior():
     for model, found in ((adapted(fit=False), "not fitted"), (adapted(fit=False, use_prior=False), "use_prior=False")):
         with pytest.raises(ValueError, match=f"per_cluster=True goes by the clusters .*{found}"):
             calibrate_trex_merge(model, batches(), per_cluster=True, progress=False)
+
+
+def test_packed_rows_that_are_embedded_already_may_be_filled_up():
+    ids, model = prompts(12), adapted()
+    positions = torch.cat([torch.arange(9).repeat(3), torch.zeros(5, dtype=torch.long)]).expand(4, -1)
+    embeds = model.get_input_embeddings()(F.pad(ids.reshape(4, 27), (0, 5)))
+    batch = {"inputs_embeds": embeds, "position_ids": positions, "use_cache": False}
+    assert calibrate_trex_merge(model, [batch], progress=False).tokens == 4 * 27
+
+
+def test_labels_tell_the_decoders_padding_only_where_no_mask_does():
+    model, ids = adapted("t5"), prompts(16)
+    mask = (torch.arange(9) < 7).long().expand(16, -1)
+    labels = ids.masked_fill(torch.arange(9) >= 8, -100)
+    batch = {"input_ids": ids[:, :4], "decoder_attention_mask": mask, "labels": labels}
+    assert calibrate_trex_merge(model, [batch], progress=False).tokens == 16 * 7
+
+
+def test_a_decoder_without_a_mask_has_no_padding():
+    model, ids = adapted("t5"), prompts(16)
+    batch = {"input_ids": ids, "attention_mask": (torch.arange(9) < 4).long().expand(16, -1), "decoder_input_ids": ids}
+    assert calibrate_trex_merge(model, [batch], progress=False).tokens == 16 * 9
+
+
+def test_nothing_watches_an_encoder_afterwards():
+    model = adapted("t5")
+    before = {name: len(module._forward_hooks) for name, module in model.named_modules()}
+    calibrate_trex_merge(model, [{**batch, "labels": batch["input_ids"]} for batch in batches()], progress=False)
+    assert before == {name: len(module._forward_hooks) for name, module in model.named_modules()}
+
+
+def test_padding_does_not_count_where_a_layer_sees_all_tokens_one_below_the_other():
+    model, ids = adapted(), prompts(16)
+    batch = {"input_ids": ids, "attention_mask": (torch.arange(9) < 6).long().expand(16, -1)}
+    calibrate_trex_merge(model, [batch], progress=False)
+    expected = _statics(model)
+    for block in model.base_model.model.model.layers:
+        block.mlp.forward = lambda x, former=block.mlp.forward: former(x.flatten(0, 1)).view_as(x)
+    calibrate_trex_merge(model, [batch], progress=False)
+    torch.testing.assert_close(_statics(model), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_cross_attention_in_another_dtype_than_the_adapters():
+    ids, found = prompts(16), []
+    mask = (torch.arange(9) < 4).long().expand(16, -1)
+    for extra in (0, 1):  # with it, the lengths of encoder and decoder tell them apart
+        model = adapted("t5", base=make_t5().bfloat16())
+        batch = {"input_ids": F.pad(ids, (0, extra)), "attention_mask": F.pad(mask, (0, extra)), "labels": ids}
+        calibrate_trex_merge(model, [batch], progress=False)
+        found.append(
+            {name: static for name, static in _statics(model).items() if "block.0.layer.1.EncDecAttention.k" in name}
+        )
+    torch.testing.assert_close(found[0], found[1], rtol=0.1, atol=0.05)
+
+
+def test_as_many_tokens_as_input_vectors_do():
+    assert calibrate_trex_merge(adapted(), [{"input_ids": prompts(1, length=2)}], progress=False).tokens == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*bias")
+def test_biases_of_a_disabled_adapter_are_not_warned_of_again():
+    model = adapted("gpt2", bias="all")
+    model.base_model.disable_adapter_layers()
+    _silent(calibrate_trex_merge, model, batches(), progress=False)
+
+
+def test_moments_of_wide_inputs_in_bfloat16_are_summed_more_precisely():
+    z, m = (torch.randn(64, n, generator=torch.Generator().manual_seed(n)).bfloat16() for n in (40, 3))
+    moments = Moments.zeros(1, 40, 3, torch.device("cpu"))
+    moments.add(z, m, torch.zeros(64, dtype=torch.long))
+    torch.testing.assert_close(moments.zz[0], z.double().T @ z.double(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "part", ["trex_A", "trex_B", "trex_router.", "trex_router_down", "trex_map", "trex_omega", "trex_gate"]
+)
+def test_training_any_part_of_the_adapter_drops_them(part):
+    model = adapted(router_rank=2)
+    calibrate_trex_merge(model, batches(), progress=False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part in name)
+    with pytest.warns(UserWarning, match="trained again"):
+        model.train()(**answered(4))
+
+
+def test_names_that_are_merged_and_unloaded_are_looked_at():
+    model = _two()
+    model.set_adapter("other")
+    _silent(model.merge_and_unload, adapter_names=["default"])
+
+
+def test_what_is_not_merged_is_not_warned_of():
+    model = _two()
+    _silent(model.merge_adapter, adapter_names=["default", "absent"])
+    model.unmerge_adapter()
+    model.set_adapter("other")
+    _silent(model.merge_adapter, adapter_names=[])
+    assert not any(layer.merged for layer in _layers(model).values())
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Model (has|with) `tie_word_embeddings=True`", "ignore:Already found", "ignore:You are trying"
+)
+def test_a_refused_merge_leaves_the_adapter_beneath_as_it_is():
+    beneath = LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    base = get_peft_model(make_llama(tie_word_embeddings=True), beneath).base_model.model
+    model = adapted(base=base, target_modules=["lm_head", "q_proj"])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="tied"):
+        model.merge_and_unload()
+    assert _same(before, model.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:Already found", "ignore:You are trying")
+def test_names_and_safety_reach_the_adapter_beneath():
+    for names, broken in ((["default"], False), (None, True)):
+        beneath = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        base = get_peft_model(make_llama(), beneath, adapter_name="beneath" if names else "default").base_model.model
+        model = adapted(base=base, target_modules=["q_proj"])
+        calibrate_trex_merge(model, batches(), progress=False)
+        layer = model.base_model.model.model.layers[0].self_attn.q_proj
+        weight, delta = layer.get_base_layer().weight.clone(), layer.get_delta_weight("default")
+        if broken:
+            layer.base_layer.lora_A["default"].weight.data[0, 0] = float("nan")
+            with pytest.raises(ValueError, match="NaN"):
+                model.merge_and_unload(safe_merge=True)
+            assert torch.equal(layer.get_base_layer().weight, weight)
+        else:
+            merged = model.merge_and_unload(adapter_names=names)
+            torch.testing.assert_close(merged.model.layers[0].self_attn.q_proj.weight, weight + delta)
+
+
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`")
+def test_only_others_are_named_as_tied():
+    model = _two(["lm_head"], base=make_llama(tie_word_embeddings=True))
+    with pytest.raises(ValueError, match=r"lm_head is tied to that of model\.embed_tokens: "):
+        model.merge_adapter(adapter_names=["other"])
+
+
+def test_merging_rounds_once():
+    model = adapted()
+    for name, parameter in model.named_parameters():
+        if ".trex_" in name:
+            parameter.data = parameter.data.bfloat16()
+    calibrate_trex_merge(model, batches(), progress=False)
+    layer = _layers(model)["model.layers.0.self_attn.q_proj"]
+    down, up = layer.static_factors("default")
+    expected = layer.base_layer.weight + up @ down
+    model.merge_adapter()
+    torch.testing.assert_close(layer.base_layer.weight, expected, rtol=0, atol=1e-6)
+
+
+def test_labels_tell_the_padding_of_decoder_input_ids():
+    model, ids = adapted("t5"), prompts(16)
+    labels = ids.masked_fill(torch.arange(9) >= 7, -100)
+    batch = {"input_ids": ids[:, :4], "decoder_input_ids": ids, "labels": labels}
+    assert calibrate_trex_merge(model, [batch], progress=False).tokens == 16 * 7
+
+
+def test_given_encoder_outputs_are_what_cross_attention_reads():
+    ids, mask = prompts(16), (torch.arange(9) < 4).long().expand(16, -1)
+    found = []
+    for extra in (0, 1):  # with it, the lengths of encoder and decoder tell them apart
+        model = adapted("t5", use_prior=False, fit=False)
+        padded, kept = F.pad(ids, (0, extra)), F.pad(mask, (0, extra))
+        encoded = model.base_model.model.encoder(input_ids=padded, attention_mask=kept)
+        batch = {"encoder_outputs": encoded, "attention_mask": kept, "labels": ids}
+        with pytest.warns(UserWarning, match="never called"):
+            calibrate_trex_merge(model, [batch], progress=False)
+        found.append(_statics(model))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
+
+
+def test_a_model_that_was_compiled_in_place():
+    model = adapted()
+    calibrate_trex_merge(model, batches(), progress=False)
+    expected = _statics(model)
+    model.compile(backend="eager")
+    calibrate_trex_merge(model, batches(), progress=False)
+    assert _same(_statics(model), expected)
+
+
+def test_autocast_does_not_round_what_is_merged():
+    model = adapted()
+    calibrate_trex_merge(model, batches(), progress=False)
+    for layer in _layers(model).values():
+        expected = layer.get_delta_weight("default")
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer.get_delta_weight("default").equal(expected)

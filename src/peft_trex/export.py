@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -50,7 +51,8 @@ def save_trex_as_lora(
         path: the folder, which must not exist yet, or be empty. The files appear in it when all are written.
         adapter_name: the adapter.
         per_cluster: save the clusters' adapters, too.
-        save_embedding_layers: as in PEFT's `save_pretrained`; "auto" saves them where the vocabulary was resized.
+        save_embedding_layers: as in PEFT's `save_pretrained`; "auto" saves them where the vocabulary was resized, with
+            each of the adapters.
 
     Raises:
         FileExistsError: if there is something at `path` already.
@@ -69,6 +71,12 @@ def save_trex_as_lora(
             f"The adapter {adapter_name!r} trains biases (bias={config.bias!r}), which a LoRA for serving does not "
             "carry; train with bias='none', or merge the adapter."
         )
+    for name, module in tuner.model.named_modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, TRexLayer):
+            raise ValueError(
+                f"Another method's adapter lies in the model ({name}, a {type(module).__name__}), which these LoRA "
+                "would not carry; merge or unload it before T-REX is put on top."
+            )
     if per_cluster and any(
         adapter_name not in layer.trex_static or len(layer.trex_static[adapter_name]) == 1 for layer in layers.values()
     ):
@@ -123,14 +131,18 @@ def _appearing(path: Path) -> Iterator[Path]:
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=path, prefix=".part-"))
+    moved: list[Path] = []
     try:
         yield part
         # without its configuration, which comes last, nothing takes a folder for an adapter
         for entry in sorted(part.iterdir(), key=lambda entry: entry.name == CONFIG_NAME):
-            entry.rename(path / entry.name)
-        made = []
+            moved.append(path / entry.name)
+            entry.rename(moved[-1])
+        made, moved = [], []
     finally:
         shutil.rmtree(part)
+        for entry in moved:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
         for folder in made:
             folder.rmdir()
 

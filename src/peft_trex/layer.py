@@ -165,7 +165,8 @@ class TRexLayer(BaseTunerLayer):
             core = self.trex_static[adapter_name][0 if cluster is None else 1 + cluster].to(dtype)
             if core.shape[1] == self.in_features:
                 return core, up
-        return (A, up @ core) if A.shape[0] < B.shape[1] else (core @ A, up)
+        with torch.autocast(A.device.type, enabled=False):
+            return (A, up @ core) if A.shape[0] < B.shape[1] else (core @ A, up)
 
     @torch.no_grad()
     def mean_core(self, adapter_name: str) -> Tensor:
@@ -247,7 +248,8 @@ class Linear(nn.Module, TRexLayer):
     def _delta_weight(self, adapter: str) -> Tensor:
         """The same in float32 or wider: what is merged is rounded once, with the base weight."""
         down, up = self.static_factors(adapter)
-        delta = up @ down
+        with torch.autocast(down.device.type, enabled=False):
+            delta = up @ down
         return delta.T if self.fan_in_fan_out else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

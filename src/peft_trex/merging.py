@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -139,8 +139,8 @@ def calibrate_trex_merge(
             "can be read once; give a DataLoader or a list of batches, or use fit='core'."
         )
     fits: dict[str, _LayerFit] = {}
-    running = find_peft_model(model)  # hooks have no place in a compiled graph
-    with _only(tuner, adapter_name):
+    running = find_peft_model(model)
+    with _only(tuner, adapter_name), _uncompiled():  # hooks have no place in a compiled graph
         for group in groups:
             moments = _gather(running, tuner, group, adapter_name, clusters, fit, dataloader, max_batches, progress)
             for name, layer in group.items():
@@ -319,6 +319,12 @@ def _only(tuner: TRexModel, adapter_name: str) -> Iterator[None]:
             module.training = flag
 
 
+def _uncompiled() -> AbstractContextManager[Any]:
+    """While this is open, modules that were compiled in place run as they were written."""
+    # torch 2.5 has no such switch, and says itself what it cannot compile
+    return torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
+
+
 def _gather(
     running: nn.Module,
     tuner: TRexModel,
@@ -396,6 +402,8 @@ class _Tokens:
         tokens, mask, labels = batch.get("input_ids"), batch.get("attention_mask"), batch.get("labels")
         if tokens is None and isinstance(embeds := batch.get("inputs_embeds"), Tensor):
             tokens = embeds[..., 0]
+        encoded = batch.get("encoder_outputs")  # which come instead of a run of the encoder
+        self.encoded = None if encoded is None else encoded[0]
         self.masks = [mask > 0] if isinstance(mask, Tensor) and mask.dim() == 2 else []
         if mask is None and isinstance(tokens, Tensor) and tokens.dim() == 2:  # packed rows may be filled up
             self.masks = [find_prompts(tokens, None, None, batch.get("position_ids")).mask]
