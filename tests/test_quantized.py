@@ -193,7 +193,8 @@ def test_outputs_and_gradients_are_those_on_the_dequantised_weight(kind):
             for some in (found_gradients, wanted_gradients)
         )
     for name, gradient in wanted_gradients.items():
-        assert_close(found_gradients[name], gradient, 0.4 if kind in ROUNDED_INPUTS else 5e-3)
+        # an omega's gradient is a small difference of large sums: float32 holds two digits of some
+        assert_close(found_gradients[name], gradient, 0.4 if kind in ROUNDED_INPUTS else 1e-2)
 
 
 @pytest.mark.parametrize("kind", MERGEABLE)

@@ -54,6 +54,10 @@ class TRexConfig(PeftConfig):
             embeddings that each forward and generate gets as `semantic_embeds` (B, prior_dim).
         prior_dim (`int`, *optional*):
             Width of the external embeddings; only with `prior_encoder="external"`, and needed there.
+        mixture_implementation (`"auto"` or `"reference"`):
+            How the mixture is computed. "auto" takes the fast path, with a Triton kernel on GPUs, and the readable
+            formula where a compiler fuses it. "reference" always takes the formula, which has second derivatives
+            and works with `torch.func`. The results are equal up to rounding.
         init_weights (`bool`):
             True starts as in the paper: A and the learned map Kaiming-uniform, B and the router zero, so that the
             adapter changes nothing at first. False makes B and the router Kaiming-uniform too (for tests).
@@ -98,6 +102,9 @@ class TRexConfig(PeftConfig):
         default="input_embeddings", metadata={"help": "What the prior is computed from."}
     )
     prior_dim: int | None = field(default=None, metadata={"help": "Width of external embeddings."})
+    mixture_implementation: Literal["auto", "reference"] = field(
+        default="auto", metadata={"help": "'auto': the fast path; 'reference': the readable formula."}
+    )
     init_weights: bool = field(default=True, metadata={"help": "False: no part starts at zero (for tests)."})
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Modules to adapt; None: all linear layers but the head."}
@@ -146,6 +153,7 @@ class TRexConfig(PeftConfig):
             "expert_layout": ("grid", "paired"),
             "prior_map": ("auto", "identity", "learned"),
             "prior_encoder": ("input_embeddings", "external"),
+            "mixture_implementation": ("auto", "reference"),
             "bias": ("none", "all", "trex_only"),
         }
         for name, allowed in choices.items():

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from .config import TRexConfig
+from .fused import add_mixture
 from .mixture import expert_weights, mean_core, num_experts, rank_one_mixture
 from .prior import PriorChannel
 from .quantized import read_weight, restore_weight, write_weight
@@ -23,6 +24,9 @@ APPROXIMATE = (
     "routing: uniform over the experts for the tokens, the training prompts' mean scores for the prior. "
     "calibrate_trex_merge finds the best static weights, and says what they miss."
 )
+
+
+FUSED_ON = ("cpu", "cuda")
 
 
 class TRexLayer(BaseTunerLayer):
@@ -37,7 +41,13 @@ class TRexLayer(BaseTunerLayer):
         "trex_omega",  # (1,), a logit; of one axis because FSDP shards no scalars
         "trex_gate",  # (1,), likewise
     )
-    other_param_names: tuple[str, ...] = ("trex_dropout", "trex_settings", "trex_uses_prior", "trex_static")
+    other_param_names: tuple[str, ...] = (
+        "trex_dropout",
+        "trex_settings",
+        "trex_fused",
+        "trex_uses_prior",
+        "trex_static",
+    )
 
     def __init__(self, base_layer: nn.Module, channel: PriorChannel) -> None:
         self.base_layer = base_layer
@@ -53,6 +63,7 @@ class TRexLayer(BaseTunerLayer):
         # cluster's; cores C with `m = C a` (1 or 1 + K, r_b, r_a), or wide ones with `m = C x` (1 or 1 + K, r_b, D_in)
         self.trex_static = BufferDict(persistent=True)
         self.trex_settings: dict[str, dict[str, Any]] = {}
+        self.trex_fused: dict[str, bool] = {}
         self.trex_uses_prior: dict[str, bool] = {}
         self._channel = channel
         self._disable_adapters = False
@@ -85,6 +96,8 @@ class TRexLayer(BaseTunerLayer):
             "temperature": config.gate_temperature,
             "layout": config.expert_layout,
         }
+        # without a router there is nothing to be faster at
+        self.trex_fused[adapter_name] = config.use_router and config.mixture_implementation == "auto"
         self.trex_uses_prior[adapter_name] = config.use_prior
         self.reset_trex_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -136,14 +149,23 @@ class TRexLayer(BaseTunerLayer):
 
     def _routing(self, adapter_name: str, x: Tensor) -> dict[str, Any]:
         """Router, prior and omega of an adapter, for an input `x`, as the mixture's functions name them."""
-        uses_prior = self.trex_uses_prior[adapter_name]
-        prior = self._prior(adapter_name, self._channel.scores(adapter_name, x) if uses_prior else None)
-        router = self.trex_router[adapter_name] if adapter_name in self.trex_router else None
+        parts: Any = self._modules  # type: ignore[attr-defined]  # past nn.Module's own way to them, which takes long
+        prior = None
+        if self.trex_uses_prior[adapter_name]:
+            prior = self._channel.scores(adapter_name, x)
+            if adapter_name in parts["trex_map"]:
+                prior = self._prior(adapter_name, prior)
+        router = parts["trex_router"][adapter_name] if adapter_name in parts["trex_router"] else None
         if router is None and prior is None:  # a prior that is not known yet
             A, B = self.trex_A[adapter_name], self.trex_B[adapter_name]
             prior = x.new_zeros(1, num_experts(A.shape[0], B.shape[1], self.trex_settings[adapter_name]["layout"]))
-        down = self.trex_router_down[adapter_name] if adapter_name in self.trex_router_down else None
-        return {"router": router, "router_down": down, "prior": prior, "omega_logit": self.trex_omega[adapter_name]}
+        down = parts["trex_router_down"][adapter_name] if adapter_name in parts["trex_router_down"] else None
+        return {
+            "router": router,
+            "router_down": down,
+            "prior": prior,
+            "omega_logit": parts["trex_omega"][adapter_name],
+        }
 
     @torch.no_grad()
     def static_factors(self, adapter_name: str, cluster: int | None = None) -> tuple[Tensor, Tensor]:
@@ -202,17 +224,27 @@ class TRexLayer(BaseTunerLayer):
         clusters = torch.where(scores.any(-1), scores.argmax(-1), scores.shape[-1])
         return clusters.reshape(*clusters.shape, *[1] * (x.dim() - 1 - clusters.dim())).expand(x.shape[:-1])
 
-    def _adapter_output(self, adapter_name: str, x: Tensor) -> Tensor:
-        A = self.trex_A[adapter_name]
-        x = self.trex_dropout[adapter_name](self._cast_input_dtype(x, A.dtype))
-        return rank_one_mixture(
-            x,
-            A,
-            self.trex_B[adapter_name],
-            gate_logit=self.trex_gate[adapter_name],
+    def _add_adapter(self, adapter_name: str, result: Tensor, x: Tensor) -> Tensor:
+        """`result` (..., D_out) plus the adapter's output for the input `x` (..., D_in)."""
+        parts: Any = self._modules  # type: ignore[attr-defined]  # as in _routing
+        A = parts["trex_A"][adapter_name]
+        # what is traced is fused by its compiler, which does better with the formula
+        fused = self.trex_fused[adapter_name] and x.device.type in FUSED_ON
+        fused = fused and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        # bfloat16 needs no copy in float32 there
+        if x.dtype != A.dtype and not (fused and x.dtype == torch.bfloat16 and A.dtype == torch.float32):
+            x = self._cast_input_dtype(x, A.dtype)
+        arguments = {
+            "A": A,
+            "B": parts["trex_B"][adapter_name],
+            "gate_logit": parts["trex_gate"][adapter_name],
             **self._routing(adapter_name, x),
             **self.trex_settings[adapter_name],
-        )
+        }
+        x = parts["trex_dropout"][adapter_name](x)
+        if fused:
+            return add_mixture(result, x, **arguments)
+        return result + rank_one_mixture(x, **arguments).to(result.dtype)
 
 
 class Linear(nn.Module, TRexLayer):
@@ -310,9 +342,10 @@ class Linear(nn.Module, TRexLayer):
         result = self.base_layer(x, *args, **kwargs)
         if self.merged:
             return result
+        adapters = self.trex_A
         for name in self.active_adapters:
-            if name in self.trex_A:
-                result = result + self._adapter_output(name, x).to(result.dtype)
+            if name in adapters:
+                result = self._add_adapter(name, result, x)
         return result
 
     def __repr__(self) -> str:

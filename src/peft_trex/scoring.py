@@ -35,6 +35,7 @@ class PromptScorer:
     def __init__(self, tuner: TRexModel) -> None:
         self.tuner = tuner
         self._warned: set[str] = set()
+        self._untold = 0  # forwards with labels, on a device that a look has to wait for
 
     @torch.no_grad()
     def embed(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Prompts]:
@@ -63,9 +64,7 @@ class PromptScorer:
             )
         told_by = ("attention_mask", "position_ids", *(ANSWERS if self.is_causal() else ()))
         prompts = find_prompts(embeds[..., 0], **{name: inputs.get(name) for name in told_by})
-        # a look at the value would break a compiled graph; the fit, which sees the same data, warns there
-        known = prompts.told is None or UNTOLD in self._warned or torch.compiler.is_compiling()
-        if not known and not prompts.told:
+        if prompts.told is not None and self._may_look(prompts.told) and not prompts.told:
             self.warn_once(
                 UNTOLD,
                 "The labels leave some rows without a prompt (no -100 before the first token that is predicted), so "
@@ -73,6 +72,16 @@ class PromptScorer:
                 "that does not see the answer.",
             )
         return prompts.mean(embeds), prompts
+
+    def _may_look(self, told: Tensor) -> bool:
+        """Whether to look at a value for a warning: not again, and ever more seldom where that waits for a GPU."""
+        # it would break a compiled graph; the fit, which sees the same data, warns there
+        if UNTOLD in self._warned or torch.compiler.is_compiling():
+            return False
+        if told.device.type == "cpu":
+            return True
+        self._untold += 1
+        return self._untold.bit_count() == 1  # the forwards 1, 2, 4, 8, ...
 
     def is_causal(self) -> bool:
         """Whether labels that stand beside the input mark an answer; in an encoder they mark something else."""
