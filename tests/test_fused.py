@@ -434,3 +434,21 @@ def test_a_fresh_adapter_adds_nothing(grad):
         expected = base(ids).logits
         model = get_peft_model(base, TRexConfig(r_a=2, r_b=3, use_prior=False, task_type="CAUSAL_LM")).eval()
         assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (5, 4)], ids=str)
+def test_tensors_that_are_not_contiguous(shape):
+    tensors = {name: tensor.detach() for name, tensor in draw(shape).items()}
+    expected = run(reference, tensors, **SCALES)
+    for name in ("x", "result"):
+        tensors[name] = torch.stack([tensors[name].transpose(0, 1)] * 2, -1)[..., 0].transpose(0, 1)
+        assert not tensors[name].is_contiguous()
+
+    with torch.no_grad():
+        assert_equal({"output": fused(tensors, **SCALES)}, {"output": expected["output"]})
+    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    output = fused(leaves, **SCALES)
+    outgoing = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).bfloat16().double()
+    outgoing = outgoing.transpose(0, 1).contiguous().transpose(0, 1)
+    grads = torch.autograd.grad(output, list(leaves.values()), outgoing)
+    assert_equal({"output": output.detach(), **dict(zip(leaves, grads, strict=True))}, expected)
