@@ -9,7 +9,7 @@ SOURCES := src tests examples benchmarks
 # pins an older numpy than ours, which it works with; tests/test_quantized.py runs it in a process of its own
 GPTQ := gptqmodel optimum device-smi tokenicer logbar defuser pypcre protobuf
 
-.PHONY: demo serve test lint clean
+.PHONY: demo serve test lint bench clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -24,6 +24,11 @@ lint: $(VENV)/test
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+
+# On two quiet cores about 25 minutes; the GPU's sizes where there is one.
+bench: $(VENV)/test
+	$(BIN)/python benchmarks/run.py $(ARGS)
+	$(BIN)/python benchmarks/report.py
 
 # The CPU build of torch is under 200 MB where the default one on Linux brings several GB of CUDA libraries. pip takes it
 # where it has one at hand; uv knows where to find one.

@@ -13,7 +13,7 @@ from peft import get_peft_model
 import peft_trex.fused
 import peft_trex.layer
 from peft_trex import TRexConfig, TRexLayer, initialize_trex_prior
-from peft_trex.fused import add_mixture
+from peft_trex.fused import MixSettings, add_mixture
 from peft_trex.mixture import num_experts, rank_one_mixture
 
 SCALES = {"token_scale": 6.0, "prior_scale": 4.0, "temperature": 100.0}
@@ -67,7 +67,9 @@ def reference(tensors, **kwargs):
 
 
 def fused(tensors, **kwargs):
-    return add_mixture(**{"prior": None, **tensors}, **kwargs)
+    return add_mixture(
+        **{"prior": None, "router_down": None, **tensors}, settings=MixSettings(tensors["A"].shape[0], **kwargs)
+    )
 
 
 def run(function, tensors, seed=1, **kwargs):
@@ -345,7 +347,7 @@ def test_several_active_adapters():
     for fast in (True, False):
         for each in model.modules():
             if isinstance(each, TRexLayer):
-                each.trex_fused = dict.fromkeys(each.trex_fused, fast)
+                each.trex_fused = {name: way if fast else None for name, way in each.trex_fused.items()}
         model.zero_grad()
         loss = model(**answered(4)).loss
         loss.backward()

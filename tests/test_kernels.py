@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_trex import kernels
-from peft_trex.fused import add_mixture
+from peft_trex.fused import MixSettings, add_mixture
 from peft_trex.mixture import mix_features
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -236,7 +236,7 @@ def test_the_priors_gradient_is_left_out_unless_asked_for(call, prior):
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
 
 
-def fast_path(tensors, outgoing, autocast, layout):
+def fast_path(tensors, outgoing, autocast, mix_settings):
     """Output and gradients of the whole fast path with the kernels in it, and how often they were called."""
     calls = []
     originals = {name: getattr(kernels, name) for name in ("mix", "mix_backward", "available")}
@@ -246,7 +246,7 @@ def fast_path(tensors, outgoing, autocast, layout):
     try:
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
         with torch.autocast(outgoing.device.type, torch.float16, enabled=autocast):
-            output = add_mixture(**{"prior": None, **leaves}, layout=layout, **SCALES)
+            output = add_mixture(**{"prior": None, "router_down": None, **leaves}, settings=mix_settings)
         found = torch.autograd.grad(output, list(leaves.values()), outgoing.to(output.dtype))
     finally:
         for name, original in originals.items():
@@ -277,10 +277,11 @@ def test_the_fast_path_with_them_is_the_one_without(call, size, prior, rank, aut
     tensors |= {"router_down": normal(rank, 16)} if rank else {}
     tensors |= {} if prior == "none" else {"prior": normal(*rows[prior])}
     outgoing = normal(3, 7, 20)
-    *found, calls = call(fast_path, tensors, outgoing, autocast, layout)
+    mix_settings = MixSettings(r_a, layout=layout, **SCALES)
+    *found, calls = call(fast_path, tensors, outgoing, autocast, mix_settings)
     assert calls == ["mix", "mix_backward"]
     leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
-    output = add_mixture(**{"prior": None, **leaves}, layout=layout, **SCALES)
+    output = add_mixture(**{"prior": None, "router_down": None, **leaves}, settings=mix_settings)
     wanted = output, *torch.autograd.grad(output, list(leaves.values()), outgoing)
     for name, one, other in zip(("output", *leaves), found, wanted, strict=True):
         # the logits' gradients are what is left of large sums

@@ -409,6 +409,7 @@ def test_several_adapters_have_a_prior_each():
         ({"embeddings": torch.zeros(9, 32)}, ValueError, "a dataloader and no embeddings"),
         ({"dataloader": batches(3)}, ValueError, "num_clusters=4 is more than the 3 distinct prompts among the 3"),
         ({"dataloader": [{"input_ids": prompts(2).repeat(20, 1)}]}, ValueError, "2 distinct prompts among the 40"),
+        ({"dataloader": [{"input_ids": prompts(3).repeat(200, 1)}]}, ValueError, "3 distinct prompts among the 600"),
     ],
 )
 def test_fit_refuses_and_leaves_the_adapter_as_it_was(change, error, message):
@@ -537,3 +538,11 @@ def test_a_look_that_waits_for_the_device_is_ever_more_seldom():
     assert all(scorer._may_look(there) for _ in range(5))
     looks = [number for number in range(1, 70) if scorer._may_look(elsewhere)]
     assert looks == [1, 2, 4, 8, 16, 32, 64]
+
+
+def test_prompts_that_differ_late_are_found_distinct():
+    """Whether they are is looked up among the first 100 for each cluster, which is enough as a rule."""
+    model = adapted(fit=False)
+    ids = torch.cat([prompts(1).repeat(450, 1), prompts(12)])
+    report = initialize_trex_prior(model, [{"input_ids": ids}], progress=False)
+    assert len(report.cluster_sizes) == 4

@@ -21,7 +21,7 @@ from .mixture import Layout
 SHORT = {torch.bfloat16, torch.float16}
 # CPUs without AVX-512 have no products in half precision; PyTorch's substitutes take up to ten times as long
 SLOW_ON_CPU = SHORT if torch.backends.cpu.get_cpu_capability() == "AVX2" else set()
-FEW_TOKENS = 64  # up to here calls cost more than arithmetic
+FEW = 64  # tokens; up to here calls cost more than arithmetic
 
 
 class MixSettings(NamedTuple):
@@ -34,51 +34,12 @@ class MixSettings(NamedTuple):
     layout: Layout = "grid"
 
 
+def fusible(x: Tensor) -> bool:
+    """Whether there is a fast path for a layer's input: a plain tensor on a CPU, or where the kernels run."""
+    return type(x) is Tensor and (x.device.type == "cpu" or kernels.available(x))
+
+
 def add_mixture(
-    result: Tensor,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    router: Tensor,
-    prior: Tensor | None,
-    omega_logit: Tensor,
-    gate_logit: Tensor,
-    *,
-    router_down: Tensor | None = None,
-    token_scale: float,
-    prior_scale: float = 4.0,
-    temperature: float = 100.0,
-    layout: Layout = "grid",
-) -> Tensor:
-    """`result` plus the output of one adapter, as [`rank_one_mixture`] defines it.
-
-    Args:
-        result: (..., D_out), what the adapter's output is added to. It is not changed.
-        x, A, B, router, prior, omega_logit, gate_logit, router_down, token_scale, prior_scale, temperature, layout:
-            as in [`rank_one_mixture`]; router, omega_logit and gate_logit must be there.
-
-    Returns:
-        (..., D_out) in the dtype of `result`.
-
-    Raises:
-        ValueError: for a prior that does not fit `x`.
-        NotImplementedError: by the backward pass, for `create_graph=True`.
-    """
-    dtype = x.dtype
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if autocast and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-    if x.device.type == "cpu" and dtype in SLOW_ON_CPU:
-        dtype = torch.float32
-    settings = MixSettings(A.shape[0], token_scale, prior_scale, temperature, layout)
-    arguments = (A, B, router, router_down, prior, omega_logit, gate_logit, settings, dtype)
-    if not autocast:
-        return _add(result, x, *arguments)
-    with torch.autocast(x.device.type, enabled=False):
-        return _add(result, x if dtype == torch.float32 else x.to(dtype), *arguments)
-
-
-def _add(
     result: Tensor,
     x: Tensor,
     A: Tensor,
@@ -86,17 +47,54 @@ def _add(
     router: Tensor,
     router_down: Tensor | None,
     prior: Tensor | None,
-    *rest: Any,
+    omega_logit: Tensor,
+    gate_logit: Tensor,
+    settings: MixSettings,
 ) -> Tensor:
-    grad = torch.is_grad_enabled()
-    # not whatever is short: a checkpointed forward, without gradients, must round as its second run does
-    one_each = x.dim() == 3 and x.shape[1] == 1 and 0 < x.shape[0] <= FEW_TOKENS
-    if one_each and not grad and x.device.type == "cpu" and type(x) is Tensor:
-        return _decode(result, x, A, B, router, router_down, prior, *rest)
+    """`result` plus the output of one adapter, as [`rank_one_mixture`] defines it.
+
+    Args:
+        result: (..., D_out), what the adapter's output is added to. It is not changed.
+        x, A, B, router, router_down, prior, omega_logit, gate_logit: as in [`rank_one_mixture`]; router, omega_logit
+            and gate_logit must be there.
+        settings: the constants.
+
+    Returns:
+        (..., D_out) in the dtype of `result`.
+
+    Raises:
+        NotImplementedError: by the backward pass, for `create_graph=True`.
+    """
+    device, dtype = x.device.type, x.dtype
+    autocast = torch.is_autocast_enabled(device)
+    if autocast and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    if device == "cpu":
+        if dtype in SLOW_ON_CPU:
+            dtype = torch.float32
+        # not whatever is short: a checkpointed forward, without gradients, must round as its second run does
+        if (
+            x.dim() == 3
+            and x.shape[1] == 1
+            and not torch.is_grad_enabled()
+            and 0 < len(x) <= FEW
+            and type(x) is Tensor
+        ):
+            if not autocast:
+                return _decode(result, x, A, B, router, router_down, prior, omega_logit, gate_logit, settings)
+            with torch.autocast(device, enabled=False):
+                return _decode(result, x, A, B, router, router_down, prior, omega_logit, gate_logit, settings)
     if prior is not None and prior.dim() == 3:  # one row for each token
         prior = prior.expand(*x.shape[:-1], prior.shape[-1]).flatten(0, 1)
-    arguments = (result, x, A, B, router, router_down, prior, *rest)
-    return _Mixture.apply(*arguments) if grad else _forward(*arguments)[0]
+    arguments = (A, B, router, router_down, prior, omega_logit, gate_logit, settings, dtype)
+    if not autocast:
+        return _run(result, x, *arguments)
+    with torch.autocast(device, enabled=False):
+        return _run(result, x if dtype == torch.float32 else x.to(dtype), *arguments)
+
+
+def _run(*arguments: Any) -> Tensor:
+    return _Mixture.apply(*arguments) if torch.is_grad_enabled() else _forward(*arguments)[0]
 
 
 def _decode(
@@ -110,34 +108,37 @@ def _decode(
     omega_logit: Tensor,
     gate_logit: Tensor,
     settings: MixSettings,
-    dtype: torch.dtype,
 ) -> Tensor:
     """The output for x (B, 1, D_in) with as few calls as can be: on a CPU they are what decoding costs."""
+    alone = len(x) == 1  # one row is a vector, and products with it take half as long
+    x = x.reshape(-1) if alone else x
     if x.dtype != A.dtype:  # cheaper than a copy of the weights
         x = x.to(A.dtype)
-    a, z = F.linear(x, A), F.linear(x, router if router_down is None else router_down)
+    apply = _apply_to_vector if alone else F.linear
+    a, z = apply(x, A), apply(x, router if router_down is None else router_down)
     if router_down is not None:
-        z = F.linear(z, router)
+        z = apply(z, router)
     if A.dtype in SHORT:
         a, z = a.float(), z.float()
     G = torch.softmax(z, -1)
-    omega = _number(omega_logit, settings)
-    scale, known = omega * settings.token_scale, (1 - omega) * settings.prior_scale
-    if prior is not None:  # the larger part counts once, the other one as its share: one call
-        if prior.dim() == 2 and prior.shape[0] > 1:
-            prior = prior.unsqueeze(1)
-        G = torch.add(G, prior, alpha=known / scale) if scale > known else torch.add(prior, G, alpha=scale / known)
-        scale = max(scale, known)
+    scale, by_token, by_prior = _shares(_number(omega_logit, settings), prior, settings)
+    if prior is not None:
+        prior = prior.view(-1) if alone else prior.view(-1, 1, prior.shape[-1])
+        G = torch.add(G, prior, alpha=by_prior) if by_token == 1 else torch.add(prior, G, alpha=by_token)
     if settings.layout == "paired":
         m = a * G
-    elif len(x) == 1:
-        m = torch.matmul(a, G.view(settings.r_a, -1))
+    elif alone:
+        m = torch.mv(G.view(settings.r_a, -1).T, a)
     else:
         m = torch.matmul(a.unsqueeze(-2), G.unflatten(-1, (settings.r_a, -1))).squeeze(-2)
-    delta = F.linear(m if m.dtype == A.dtype else m.to(A.dtype), B)
+    delta = apply(m if m.dtype == A.dtype else m.to(A.dtype), B)
     if result.dtype != A.dtype:
         delta = delta.to(result.dtype)
     return torch.add(result, delta, alpha=scale * _number(gate_logit, settings))
+
+
+def _apply_to_vector(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.mv(weight, x)
 
 
 def _forward(
@@ -235,20 +236,23 @@ def _with_logits(features: Tensor, router: Tensor, router_down: Tensor | None, s
     """(N, r_a + E): a reduced router's upper factor is still to be applied."""
     if router_down is None:
         return features
-    a, reduced = features[:, : settings.r_a], features[:, settings.r_a :]
-    return torch.cat((a, reduced @ router.to(features.dtype).T), -1)
-
-
-def _sigmoid(logit: Tensor, settings: MixSettings) -> Any:
-    """Of a one-element logit: a number where that costs no waiting for the device, a tensor (1,) elsewhere."""
-    if logit.device.type == "cpu" and type(logit.data) is Tensor:
-        return _number(logit, settings)
-    return torch.sigmoid(settings.temperature * logit.float())
+    columns = features.T
+    return torch.cat((columns[: settings.r_a], router.to(features.dtype) @ columns[settings.r_a :])).T
 
 
 def _number(logit: Tensor, settings: MixSettings) -> float:
+    """Sigmoid of a one-element logit, as a number: on a CPU that costs less than a tensor."""
     scaled = settings.temperature * float(logit)
-    return 1 / (1 + math.exp(-scaled)) if scaled > 0 else 1 - 1 / (1 + math.exp(scaled))
+    grown = math.exp(-abs(scaled))  # which never overflows
+    return 1 / (1 + grown) if scaled > 0 else grown / (1 + grown)
+
+
+def _shares(omega: float, prior: Tensor | None, settings: MixSettings) -> tuple[float, float, float]:
+    """`G = scale * (by_token * softmax + by_prior * prior)`, where the larger of the two shares is one."""
+    token, known = omega * settings.token_scale, (1 - omega) * settings.prior_scale
+    if prior is None:
+        return token, 1.0, 0.0
+    return (token, 1.0, known / token) if token > known else (known, token / known, 1.0)
 
 
 def mix(h: Tensor, prior: Tensor | None, omega_logit: Tensor, gate_logit: Tensor, settings: MixSettings) -> Tensor:
@@ -262,30 +266,42 @@ def mix(h: Tensor, prior: Tensor | None, omega_logit: Tensor, gate_logit: Tensor
     """
     if kernels.available(h):
         return kernels.mix(h, prior, omega_logit, gate_logit, **settings._asdict())
-    a, _, G, _, gate = _weights(h, prior, omega_logit, gate_logit, settings)
-    return (_contract(a, G, settings) * gate).to(h.dtype).T
+    scale, by_token, by_prior = _shares(_number(omega_logit, settings), prior, settings)
+    a, _, G = _weights(h, prior, by_token, by_prior, settings)
+    return _contract(a, G, settings).mul_(scale * _number(gate_logit, settings)).to(h.dtype).T
 
 
 def _weights(
-    h: Tensor, prior: Tensor | None, omega_logit: Tensor, gate_logit: Tensor, settings: MixSettings
-) -> tuple[Tensor, Tensor, Tensor, Any, Any]:
-    """a (r_a, N), softmax (E, N) and G (E, N) in float32 or wider, omega and gate; the tokens stand last."""
+    h: Tensor, prior: Tensor | None, by_token: float, by_prior: float, settings: MixSettings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """a (r_a, N), softmax (E, N) and G / scale (E, N) in float32 or wider; the tokens stand last."""
     dtype = torch.promote_types(h.dtype, torch.float32)
-    omega, gate = _sigmoid(omega_logit, settings), _sigmoid(gate_logit, settings)
     columns = h.T
     p = torch.softmax(columns[settings.r_a :], 0, dtype=dtype)
-    G = p * (omega * settings.token_scale)
+    G = p
     if prior is not None:
-        known = prior.T.to(dtype) * ((1 - omega) * settings.prior_scale)
-        G.unflatten(1, (known.shape[1], -1)).add_(known.unsqueeze(2))
-    return columns[: settings.r_a].to(dtype), p, G, omega, gate
+        each, known = _by_prior(p, prior), prior.T.to(dtype).unsqueeze(2)
+        G = torch.empty_like(p)
+        smaller = (each, known, by_prior) if by_token == 1 else (known, each, by_token)
+        torch.add(*smaller[:2], alpha=smaller[2], out=_by_prior(G, prior))
+    return columns[: settings.r_a].to(dtype), p, G
+
+
+def _by_prior(values: Tensor, prior: Tensor) -> Tensor:
+    """(E, P, N / P), of (E, N)."""
+    experts, tokens = values.shape
+    return values.view(experts, len(prior), tokens // max(1, len(prior)))
+
+
+def _by_input(values: Tensor, settings: MixSettings) -> Tensor:
+    """(r_a, r_b, N), of (E, N) in the grid layout."""
+    experts, tokens = values.shape
+    return values.view(settings.r_a, experts // settings.r_a, tokens)
 
 
 def _contract(a: Tensor, G: Tensor, settings: MixSettings) -> Tensor:
-    """m (r_b, N)."""
-    if settings.layout == "paired":
-        return a * G
-    return (a.unsqueeze(1) * G.unflatten(0, (settings.r_a, -1))).sum(0)
+    """a G (r_b, N)."""
+    return a * G if settings.layout == "paired" else (a.unsqueeze(1) * _by_input(G, settings)).sum(0)
 
 
 def mix_backward(
@@ -302,23 +318,30 @@ def mix_backward(
         return kernels.mix_backward(
             h, du, prior, omega_logit, gate_logit, needs_prior=needs_prior, **settings._asdict()
         )
-    a, p, G, omega, gate = _weights(h, prior, omega_logit, gate_logit, settings)
-    m, du = _contract(a, G, settings), du.T.to(a.dtype)
-    d_gate = (du * m).sum() * (gate * (1 - gate) * settings.temperature)
-    dm = du * gate
+    omega, gate = _number(omega_logit, settings), _number(gate_logit, settings)
+    scale, by_token, by_prior = _shares(omega, prior, settings)
+    a, p, G = _weights(h, prior, by_token, by_prior, settings)
+    m = _contract(a, G, settings)
+    dm = du.T.to(a.dtype) * (scale * gate)  # of m as it is here, without scale and gate
+    d_gate = float((dm * m).sum()) * (1 - gate) * settings.temperature
     if settings.layout == "paired":
         d_a, d_G = dm * G, dm * a
     else:
-        d_a = (G.unflatten(0, (settings.r_a, -1)) * dm).sum(1)
-        d_G = (a.unsqueeze(1) * dm).flatten(0, 1)
-    p_d_G = p * d_G
-    along = p_d_G.sum(0)
-    d_z = torch.addcmul(p_d_G, p, along, value=-1) * (omega * settings.token_scale)
-    d_omega, d_prior = along.sum() * settings.token_scale, None
+        d_a = (_by_input(G, settings) * dm).sum(1)
+        d_G = (a.unsqueeze(1) * dm).view(G.shape)
+    d_z = p * d_G
+    along = d_z.sum(0)
+    d_z.addcmul_(p, along, value=-1)
+    if by_token != 1:
+        d_z *= by_token
+    d_omega, d_prior = settings.token_scale * float(along.sum()), None
     if prior is not None:
-        d_rows = d_G.unflatten(1, (prior.shape[0], -1)).sum(2).T * settings.prior_scale
-        d_omega = d_omega - (d_rows * prior).sum()
-        d_prior = d_rows * (1 - omega) if needs_prior else None
-    d_omega = d_omega * (omega * (1 - omega) * settings.temperature)
-    d_h = torch.cat((d_a, d_z)).to(h.dtype).T
-    return (m * gate).to(h.dtype).T, d_h, d_omega.reshape(1), d_gate.reshape(1), d_prior
+        d_rows = _by_prior(d_G, prior).sum(2).T
+        d_omega -= settings.prior_scale * float((d_rows * prior).sum())
+        d_prior = d_rows * by_prior if needs_prior else None
+    # times omega (1 - omega) / scale, in which a factor cancels
+    d_omega *= settings.temperature * (
+        (1 - omega) / settings.token_scale if by_token == 1 else omega / settings.prior_scale
+    )
+    logits = a.new_tensor([d_omega, d_gate])
+    return m.mul_(scale * gate).to(h.dtype).T, torch.cat((d_a, d_z)).to(h.dtype).T, logits[:1], logits[1:], d_prior

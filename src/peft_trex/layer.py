@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from .config import TRexConfig
-from .fused import add_mixture
+from .fused import MixSettings, add_mixture, fusible
 from .mixture import expert_weights, mean_core, num_experts, rank_one_mixture
 from .prior import PriorChannel
 from .quantized import read_weight, restore_weight, write_weight
@@ -24,9 +24,6 @@ APPROXIMATE = (
     "routing: uniform over the experts for the tokens, the training prompts' mean scores for the prior. "
     "calibrate_trex_merge finds the best static weights, and says what they miss."
 )
-
-
-FUSED_ON = ("cpu", "cuda")
 
 
 class TRexLayer(BaseTunerLayer):
@@ -63,7 +60,7 @@ class TRexLayer(BaseTunerLayer):
         # cluster's; cores C with `m = C a` (1 or 1 + K, r_b, r_a), or wide ones with `m = C x` (1 or 1 + K, r_b, D_in)
         self.trex_static = BufferDict(persistent=True)
         self.trex_settings: dict[str, dict[str, Any]] = {}
-        self.trex_fused: dict[str, bool] = {}
+        self.trex_fused: dict[str, MixSettings | None] = {}
         self.trex_uses_prior: dict[str, bool] = {}
         self._channel = channel
         self._disable_adapters = False
@@ -97,7 +94,8 @@ class TRexLayer(BaseTunerLayer):
             "layout": config.expert_layout,
         }
         # without a router there is nothing to be faster at
-        self.trex_fused[adapter_name] = config.use_router and config.mixture_implementation == "auto"
+        fused = config.use_router and config.mixture_implementation == "auto"
+        self.trex_fused[adapter_name] = MixSettings(config.r_a, **self.trex_settings[adapter_name]) if fused else None
         self.trex_uses_prior[adapter_name] = config.use_prior
         self.reset_trex_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -147,8 +145,8 @@ class TRexLayer(BaseTunerLayer):
             scores = mapping.new_zeros(1, mapping.shape[1])
         return F.linear(scores.to(mapping.dtype), mapping)
 
-    def _routing(self, adapter_name: str, x: Tensor) -> dict[str, Any]:
-        """Router, prior and omega of an adapter, for an input `x`, as the mixture's functions name them."""
+    def _routing(self, adapter_name: str, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The adapter's router, its lower factor if it has two, and the prior, for an input `x`."""
         parts: Any = self._modules  # type: ignore[attr-defined]  # past nn.Module's own way to them, which takes long
         prior = None
         if self.trex_uses_prior[adapter_name]:
@@ -160,12 +158,7 @@ class TRexLayer(BaseTunerLayer):
             A, B = self.trex_A[adapter_name], self.trex_B[adapter_name]
             prior = x.new_zeros(1, num_experts(A.shape[0], B.shape[1], self.trex_settings[adapter_name]["layout"]))
         down = parts["trex_router_down"][adapter_name] if adapter_name in parts["trex_router_down"] else None
-        return {
-            "router": router,
-            "router_down": down,
-            "prior": prior,
-            "omega_logit": parts["trex_omega"][adapter_name],
-        }
+        return router, down, prior
 
     @torch.no_grad()
     def static_factors(self, adapter_name: str, cluster: int | None = None) -> tuple[Tensor, Tensor]:
@@ -211,7 +204,8 @@ class TRexLayer(BaseTunerLayer):
         """
         settings = {key: value for key, value in self.trex_settings[adapter_name].items() if key != "layout"}
         x = self._cast_input_dtype(x, self.trex_A[adapter_name].dtype)
-        weights = expert_weights(x, **self._routing(adapter_name, x), **settings)
+        router, down, prior = self._routing(adapter_name, x)
+        weights = expert_weights(x, router, prior, self.trex_omega[adapter_name], router_down=down, **settings)
         return weights.expand(*x.shape[:-1], weights.shape[-1])
 
     def cluster_of(self, x: Tensor, adapter_name: str = "default") -> Tensor:
@@ -228,23 +222,28 @@ class TRexLayer(BaseTunerLayer):
         """`result` (..., D_out) plus the adapter's output for the input `x` (..., D_in)."""
         parts: Any = self._modules  # type: ignore[attr-defined]  # as in _routing
         A = parts["trex_A"][adapter_name]
-        # what is traced is fused by its compiler, which does better with the formula
-        fused = self.trex_fused[adapter_name] and x.device.type in FUSED_ON
-        fused = fused and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        fused = self.trex_fused[adapter_name]
+        # what is traced is fused by its compiler, which does better with the formula; other devices, and tensors that
+        # stand for others, have nothing else
+        if not (fusible(x) and not torch.compiler.is_compiling() and not torch.jit.is_tracing()):
+            fused = None
         # bfloat16 needs no copy in float32 there
-        if x.dtype != A.dtype and not (fused and x.dtype == torch.bfloat16 and A.dtype == torch.float32):
+        if x.dtype != A.dtype and (fused is None or x.dtype != torch.bfloat16 or A.dtype != torch.float32):
             x = self._cast_input_dtype(x, A.dtype)
-        arguments = {
-            "A": A,
-            "B": parts["trex_B"][adapter_name],
-            "gate_logit": parts["trex_gate"][adapter_name],
-            **self._routing(adapter_name, x),
-            **self.trex_settings[adapter_name],
-        }
-        x = parts["trex_dropout"][adapter_name](x)
-        if fused:
-            return add_mixture(result, x, **arguments)
-        return result + rank_one_mixture(x, **arguments).to(result.dtype)
+        B, omega, gate = (
+            parts["trex_B"][adapter_name],
+            parts["trex_omega"][adapter_name],
+            parts["trex_gate"][adapter_name],
+        )
+        router, down, prior = self._routing(adapter_name, x)
+        dropout = parts["trex_dropout"][adapter_name]
+        if not isinstance(dropout, nn.Identity):
+            x = dropout(x)
+        if fused is not None and router is not None:
+            return add_mixture(result, x, A, B, router, down, prior, omega, gate, fused)
+        settings = self.trex_settings[adapter_name]
+        output = rank_one_mixture(x, A, B, router, prior, omega, gate, router_down=down, **settings)
+        return result + output.to(result.dtype)
 
 
 class Linear(nn.Module, TRexLayer):
