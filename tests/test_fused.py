@@ -454,3 +454,21 @@ def test_tensors_that_are_not_contiguous(shape):
     outgoing = outgoing.transpose(0, 1).contiguous().transpose(0, 1)
     grads = torch.autograd.grad(output, list(leaves.values()), outgoing)
     assert_equal({"output": output.detach(), **dict(zip(leaves, grads, strict=True))}, expected)
+
+
+@pytest.mark.parametrize("shape", [(3, 64), (2, 3, 64)], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [lambda y: y.mul_(2), lambda y: y.view(-1, 32).transpose(0, 1).add_(1), lambda y: torch.relu_(y)],
+    ids=["scaled", "of a view", "activated"],
+)
+def test_outputs_may_be_changed_in_place(shape, change):
+    grads = []
+    for implementation in ("auto", "reference"):
+        model = small(mixture_implementation=implementation)
+        layer = first_layer(model)
+        layer.register_forward_hook(lambda module, args, output: change(output) is None or output)
+        model(torch.ones(shape)).sum().backward()
+        grads.append(layer.trex_A["default"].grad)
+    torch.testing.assert_close(*grads)
+    assert grads[0].abs().max() > 0

@@ -57,7 +57,7 @@ class TRexConfig(PeftConfig):
         mixture_implementation (`"auto"` or `"reference"`):
             How the mixture is computed. "auto" takes the fast path, with a Triton kernel on GPUs, and the readable
             formula where a compiler fuses it. "reference" always takes the formula, which has second derivatives
-            and works with `torch.func`. The results are equal up to rounding.
+            and works with `torch.func` and batched gradients. The results are equal up to rounding.
         init_weights (`bool`):
             True starts as in the paper: A and the learned map Kaiming-uniform, B and the router zero, so that the
             adapter changes nothing at first. False makes B and the router Kaiming-uniform too (for tests).

@@ -21,7 +21,7 @@ from .mixture import Layout
 SHORT = {torch.bfloat16, torch.float16}
 # CPUs without AVX-512 have no products in half precision; PyTorch's substitutes take up to ten times as long
 SLOW_ON_CPU = SHORT if torch.backends.cpu.get_cpu_capability() == "AVX2" else set()
-FEW = 64  # tokens; up to here calls cost more than arithmetic
+FEW = 64  # tokens, up to which calls cost more than arithmetic
 
 
 class MixSettings(NamedTuple):
@@ -34,9 +34,9 @@ class MixSettings(NamedTuple):
     layout: Layout = "grid"
 
 
-def fusible(x: Tensor) -> bool:
+def fusible(x: Tensor, A: Tensor) -> bool:
     """Whether there is a fast path for a layer's input: a plain tensor on a CPU, or where the kernels run."""
-    return type(x) is Tensor and (x.device.type == "cpu" or kernels.available(x))
+    return type(x) is Tensor and (x.device.type == "cpu" or (kernels.available(x) and kernels.available(A)))
 
 
 def add_mixture(
@@ -73,13 +73,7 @@ def add_mixture(
         if dtype in SLOW_ON_CPU:
             dtype = torch.float32
         # not whatever is short: a checkpointed forward, without gradients, must round as its second run does
-        if (
-            x.dim() == 3
-            and x.shape[1] == 1
-            and not torch.is_grad_enabled()
-            and 0 < len(x) <= FEW
-            and type(x) is Tensor
-        ):
+        if x.dim() == 3 and x.shape[1] == 1 and not torch.is_grad_enabled() and 0 < len(x) <= FEW:
             if not autocast:
                 return _decode(result, x, A, B, router, router_down, prior, omega_logit, gate_logit, settings)
             with torch.autocast(device, enabled=False):
@@ -87,10 +81,12 @@ def add_mixture(
     if prior is not None and prior.dim() == 3:  # one row for each token
         prior = prior.expand(*x.shape[:-1], prior.shape[-1]).flatten(0, 1)
     arguments = (A, B, router, router_down, prior, omega_logit, gate_logit, settings, dtype)
+    # a view that an autograd function returned could not be changed in place, by an activation for instance
+    rows = result.reshape(-1, result.shape[-1])
     if not autocast:
-        return _run(result, x, *arguments)
+        return _run(rows, x, *arguments).view(result.shape)
     with torch.autocast(device, enabled=False):
-        return _run(result, x if dtype == torch.float32 else x.to(dtype), *arguments)
+        return _run(rows, x if dtype == torch.float32 else x.to(dtype), *arguments).view(result.shape)
 
 
 def _run(*arguments: Any) -> Tensor:
@@ -154,15 +150,14 @@ def _forward(
     settings: MixSettings,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The output, and what A and the router make of x: (N, r_a + E), or (N, r_a + Q) if the router is reduced."""
+    """The output (N, D_out), as `result`, and [A; R] x (N, r_a + E), or (N, r_a + Q) if the router is reduced."""
     tokens = x.reshape(-1, x.shape[-1]).to(dtype)
     features = _product(tokens, _stack(A, router, router_down, dtype))
     mixed = mix(_with_logits(features, router, router_down, settings), prior, omega_logit, gate_logit, settings)
     up = B.to(dtype).T
-    if result.dtype == dtype:  # in one pass over (N, D_out)
-        output = torch.addmm(result.reshape(-1, result.shape[-1]), mixed, up)
-        return output.view(result.shape), features
-    return result + (mixed @ up).view(result.shape).to(result.dtype), features
+    if result.dtype == dtype:  # in one pass
+        return torch.addmm(result, mixed, up), features
+    return result + (mixed @ up).to(result.dtype), features
 
 
 class _Mixture(torch.autograd.Function):
@@ -193,7 +188,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     r_a = settings.r_a
     needs_x, needs_prior = ctx.needs_input_grad[1], ctx.needs_input_grad[6]
     tokens = x.reshape(-1, x.shape[-1]).to(dtype)
-    outgoing = grad.reshape(-1, grad.shape[-1]).to(dtype)
+    outgoing = grad.to(dtype)
     h = _with_logits(features, router, router_down, settings)
     d_mixed = _product(outgoing, B.to(dtype).T)
     mixed, d_h, d_omega, d_gate, d_prior = mix_backward(

@@ -225,7 +225,7 @@ class TRexLayer(BaseTunerLayer):
         fused = self.trex_fused[adapter_name]
         # what is traced is fused by its compiler, which does better with the formula; other devices, and tensors that
         # stand for others, have nothing else
-        if not (fusible(x) and not torch.compiler.is_compiling() and not torch.jit.is_tracing()):
+        if not (fusible(x, A) and not torch.compiler.is_compiling() and not torch.jit.is_tracing()):
             fused = None
         # bfloat16 needs no copy in float32 there
         if x.dtype != A.dtype and (fused is None or x.dtype != torch.bfloat16 or A.dtype != torch.float32):
