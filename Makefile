@@ -25,7 +25,7 @@ lint: $(VENV)/test
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 
-# On two quiet cores about 25 minutes; the GPU's sizes where there is one.
+# On two quiet cores some 20 minutes; the GPU's sizes where there is one.
 bench: $(VENV)/test
 	$(BIN)/python benchmarks/run.py $(ARGS)
 	$(BIN)/python benchmarks/report.py
