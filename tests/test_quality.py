@@ -1,0 +1,528 @@
+"""The quality benchmark: data, scoring, methods, the queue, and one experiment from its first run to its last."""
+
+import copy
+import gzip
+import itertools
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import make_llama
+from test_quickstart import _save_tiny_model
+from torch.nn import functional as F
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import corpora  # noqa: E402
+import quality  # noqa: E402
+from diagnosis import diagnose  # noqa: E402
+from methods import METHODS, apply  # noqa: E402
+from scoring import Answers, Scored, Texts, score, summarise  # noqa: E402
+from variants import BASE  # noqa: E402
+
+from peft_trex import initialize_trex_prior  # noqa: E402
+
+SMOKE = {
+    "tier": "smoke",
+    "data": {"family": "generated", "tasks": 4, "train": 10, "validation": 2, "test": 3},
+    "methods": ["T-REX 4x8", "LoRA r=32", "base model"],
+    "learning_rates": [0.001, 0.01],
+    "steps": 4,
+    "tune_steps": 2,
+    "seeds": [1, 2],
+    "rows_per_step": 4,
+    "rows_at_once": 4,
+    "checkpoint": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    _save_tiny_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(tiny_model):
+    _, tokenizer = quality.load_model(str(tiny_model))
+    return Texts(tokenizer)
+
+
+def _write(folder, name="tiny", **changes):
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({**SMOKE, **changes}))
+    return path
+
+
+def _run(folder, path, *arguments):
+    return quality.main([str(path), "--results", str(folder / "rows"), "--work", str(folder / "work"), *arguments])
+
+
+def _rows(folder, name="tiny"):
+    return quality.read_rows(folder / "rows" / f"{name}.jsonl")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_model):
+    """An experiment that is run through."""
+    folder = tmp_path_factory.mktemp("quality")
+    assert _run(folder, _write(folder, base=str(tiny_model))) == 0
+    return folder, _rows(folder)
+
+
+def test_every_run_gives_a_row(finished):
+    folder, rows = finished
+    runs = [(row["method"], row["phase"], row["learning_rate"], row["seed"]) for row in rows]
+    for method in ("T-REX 4x8", "LoRA r=32"):
+        tuned = {
+            row["learning_rate"]: row["log_likelihood"]
+            for row in rows
+            if row["method"] == method and row["phase"] == "tune"
+        }
+        assert set(tuned) == {0.001, 0.01}
+        best = max(tuned, key=tuned.get)
+        assert [(seed, rate) for name, phase, rate, seed in runs if (name, phase) == (method, "final")] == [
+            (1, best),
+            (2, best),
+        ]
+    assert runs.count(("base model", "final", 0.0, 1)) == 1
+    assert len(runs) == len(set(runs)) == 9
+    assert not any((folder / "work" / "tiny").iterdir())  # checkpoints of what is done
+
+
+def test_rows_say_what_was_done(finished):
+    _, rows = finished
+    for row in rows:
+        assert row["experiment"] == "tiny" and row["tier"] == "smoke"
+        assert len(row["tasks"]) == 4
+        assert row["accuracy"] == pytest.approx(sum(one["accuracy"] for one in row["tasks"].values()) / 4)
+        assert row["log_likelihood"] == pytest.approx(sum(one["log_likelihood"] for one in row["tasks"].values()) / 4)
+        count = 12 if row["phase"] == "final" else 8
+        assert all(len(values) == count for values in row["examples"].values())
+        assert row["device"] == "cpu" and row["torch"] == torch.__version__
+        if row["method"] != "base model":
+            assert [step for step, _ in row["curve"]] == list(range(1, row["steps"] + 1))
+            assert row["trainable"] > 0 and row["total_memory"] > row["peak_memory"] > 0
+        trex_final = row["method"] == "T-REX 4x8" and row["phase"] == "final"
+        assert (row["diagnosis"] is not None) == trex_final
+    assert len({row["test_digest"] for row in rows if row["phase"] == "final"}) == 1
+    seeds = {row["seed"]: row["curve"] for row in rows if row["method"] == "LoRA r=32" and row["phase"] == "final"}
+    assert seeds[1] != seeds[2]
+
+
+def test_nothing_is_done_twice(finished, capsys):
+    folder, rows = finished
+    assert _run(folder, folder / "tiny.yaml", "--list") == 0
+    assert "9 rows, 0 runs known to be missing" in capsys.readouterr().out
+    assert _run(folder, folder / "tiny.yaml") == 0
+    assert _rows(folder) == rows
+
+
+def test_only_what_a_change_touches_is_done_again(finished, tmp_path, capsys):
+    folder, _ = finished
+    shutil.copytree(folder / "rows", tmp_path / "rows")
+    base = yaml.safe_load((folder / "tiny.yaml").read_text())["base"]
+    for changes, missing in (
+        ({"seeds": [1, 2, 3]}, 2),
+        ({"steps": 5}, 4),
+        ({"tune_steps": 3}, 4),  # and then the final runs, whose learning rates are not known yet
+        ({"rows_per_step": 8}, 5),
+    ):
+        _run(tmp_path, _write(tmp_path, base=base, **changes), "--list")
+        assert f" {missing} runs known to be missing" in capsys.readouterr().out, changes
+
+
+def test_a_run_that_is_killed_goes_on_from_its_checkpoint(tmp_path, tiny_model, finished):
+    path = _write(tmp_path, base=str(tiny_model), methods=["T-REX 4x8"], learning_rates=[0.01], steps=60, seeds=[1])
+    command = [sys.executable, str(BENCHMARKS / "quality.py"), str(path)]
+    command += ["--results", str(tmp_path / "rows"), "--work", str(tmp_path / "work")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not list((tmp_path / "work").glob("**/*final*/checkpoint-*/trainer_state.json")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(_rows(tmp_path)) == 1  # that of the tuning
+    cut_short = next((tmp_path / "work").glob("**/*final*")) / "checkpoint-1000"
+    cut_short.mkdir()  # as if it were killed while it wrote one
+    assert _run(tmp_path, path) == 0
+    assert _run(tmp_path / "whole", path) == 0
+    resumed, whole = _rows(tmp_path), _rows(tmp_path / "whole")
+    assert resumed[1]["train_seconds"] is None and whole[1]["train_seconds"] > 0
+    assert len(resumed) == len(whole) == 2
+    for name in ("curve", "examples", "diagnosis", "trainable"):
+        assert resumed[1][name] == whole[1][name], name
+
+
+def test_two_workers_share_the_runs(tmp_path, tiny_model):
+    path = _write(tmp_path, base=str(tiny_model), methods=["LoRA r=32", "LoRA, equal parameters"], seeds=[1])
+    command = [sys.executable, str(BENCHMARKS / "quality.py"), str(path)]
+    command += ["--results", str(tmp_path / "rows"), "--work", str(tmp_path / "work")]
+    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [worker.communicate(timeout=300)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], said
+    assert _run(tmp_path, path) == 0  # what a worker left because it ended before a learning rate was known
+    runs = [(row["method"], row["phase"], row["learning_rate"]) for row in _rows(tmp_path)]
+    assert len(runs) == len(set(runs)) == 6
+
+
+def test_a_claim_is_refused_while_it_is_held(tmp_path):
+    with quality.claim(tmp_path / "run") as first:
+        with quality.claim(tmp_path / "run") as second:
+            assert first and not second
+    with quality.claim(tmp_path / "run") as third:
+        assert third
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"metods": ["LoRA r=32"]}, "metods is unknown"),
+        ({"methods": ["LoRA r=33"]}, "LoRA r=33"),
+        ({"methods": []}, "methods=\\[\\]"),
+        ({"steps": 0}, "steps=0 must be a whole number, at least 1"),
+        ({"steps": True}, "steps=True"),
+        ({"learning_rates": []}, "learning rates of T-REX 4x8 are \\[\\]"),
+        ({"learning_rates": ["1e-3"]}, "write positive numbers"),
+        ({"learning_rates": [math.nan]}, "write positive numbers"),
+        ({"rates": {"LoRA": [0.1]}}, "rates of some of"),
+        ({"rows_at_once": 3}, "divisor of rows_per_step=4"),
+        ({"seeds": [0]}, "at least 1"),
+        ({"precision": "fp8"}, "one of fp32"),
+        ({"tier": "large"}, "small, full or smoke"),
+        ({"data": {"family": "generatd"}}, "family='generatd' is unknown"),
+        ({"data": {"family": "folder"}}, "needs --data"),
+        ({"data": {"family": "generated", "tests": 3}}, "tests is unknown"),
+        ({"data": {"family": "generated", "train": 3, "test": 3, "conflict": 2.0}}, "conflict"),
+    ],
+)
+def test_wrong_experiments_are_refused(tmp_path, capsys, changes, said):
+    import re
+
+    assert _run(tmp_path, _write(tmp_path, **changes)) == 1
+    assert re.search(said, capsys.readouterr().err)
+    assert not (tmp_path / "rows").exists()
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path, capsys):
+    assert _run(tmp_path, tmp_path / "none.yaml") == 1
+    assert "none.yaml cannot be read" in capsys.readouterr().err
+    (tmp_path / "list.yaml").write_text("- 1")
+    assert _run(tmp_path, tmp_path / "list.yaml") == 1
+    assert "not list" in capsys.readouterr().err
+    (tmp_path / "short.yaml").write_text("tier: smoke")
+    assert _run(tmp_path, tmp_path / "short.yaml") == 1
+    assert "an experiment missing" in capsys.readouterr().err
+    path = _write(tmp_path)
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "tiny.jsonl").write_text('{"method": ')
+    assert _run(tmp_path, path) == 1
+    assert "tiny.jsonl, line 1, is no row" in capsys.readouterr().err
+
+
+def test_the_experiments_that_come_along_can_be_read():
+    paths = sorted((BENCHMARKS / "experiments").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        experiment = quality.read_experiment(path)
+        assert experiment.tier in ("small", "full")
+
+
+# scoring
+
+
+def test_contexts_are_as_few_as_can_be():
+    assert Answers([(1, 2), (1, 3)]).contexts() == [(1,)]
+    assert Answers([(1,), (2,), (1, 9)]).contexts() == [(1,)]
+    assert Answers([(1, 2, 9), (1, 3, 4, 9)]).contexts() == [(1, 2), (1, 3, 4)]
+    assert Answers([(5,)]).contexts() == [()]
+
+
+def _row(answer, named=None, prompt="Do it"):
+    return {"task": "t", "prompt": f"{prompt}\n\nAnswer format: {named}" if named else prompt, "answer": answer}
+
+
+ROWS = [
+    _row("answer2", "answer1/answer2/answer3"),
+    _row("true", "true/false"),
+    _row("c", "ab/abc/c", "Another, longer one"),
+    _row("some words", prompt="x"),
+    _row("7"),
+]
+
+
+def _by_hand(model, texts, row, text, ended):
+    prompt, answer = texts.prompt(row), texts.answer(text) + ((texts.tokenizer.eos_token_id,) if ended else ())
+    ids = torch.tensor([prompt + answer])
+    logs = model(input_ids=ids).logits[0].log_softmax(-1)
+    return sum(float(logs[len(prompt) + end - 1, token]) for end, token in enumerate(answer))
+
+
+def _sharp(seed=0):
+    """A tiny Llama whose predictions differ clearly."""
+    model = make_llama(seed, vocab_size=259, eos_token_id=2, max_position_embeddings=256).eval()
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("batch_rows", [1, 2, 32])
+def test_scores_equal_those_of_one_forward_for_each_answer(texts, batch_rows):
+    model = _sharp()
+    scored = score(model, texts, ROWS, batch_rows)
+    for row, one in zip(ROWS, scored, strict=True):
+        assert one.log_likelihood == pytest.approx(_by_hand(model, texts, row, row["answer"], True), abs=1e-3)
+        named = corpora.candidates(row["prompt"])
+        if named:
+            sums = {text: _by_hand(model, texts, row, text, False) for text in named}
+            assert one.prediction == max(sums, key=sums.get)
+
+
+def test_free_answers_are_those_of_greedy_decoding(texts):
+    """Also where the model gives the gold answer, which random ones seldom do: so gold is what it says."""
+    right = 0
+    for seed in range(6):
+        model = _sharp(seed)
+        for prompt in ("x", "Write it down", "1 2 3"):
+            ids = torch.tensor([texts.prompt(_row("", prompt=prompt))])
+            new = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False, pad_token_id=0
+            )
+            given = new[0, ids.shape[1] :].tolist()
+            for length in (1, 2, 3):
+                gold = tuple(given[:length])
+                known = Answers([gold])
+                logs = model(input_ids=torch.cat((ids, torch.tensor([gold[:-1]], dtype=torch.long)), 1)).logits[0]
+                known.read(gold[:-1], logs[ids.shape[1] - 1 :].log_softmax(-1))
+                assert known.greedy(gold) == gold
+                other = (*gold[:-1], gold[-1] ^ 1)
+                again = Answers([other])
+                again.read(other[:-1], logs[ids.shape[1] - 1 :].log_softmax(-1))
+                assert again.greedy(other) == gold
+                right += 1
+    assert right == 54
+
+
+def test_an_answer_that_goes_on_is_wrong(texts):
+    model = _sharp()
+    row = _row("a")
+    scored = score(model, texts, [row])[0]
+    assert scored.prediction != "a"
+    with torch.no_grad():  # always "a", never an end
+        model.lm_head.weight.zero_()
+        model.lm_head = torch.nn.Linear(model.config.hidden_size, 259)
+        model.lm_head.weight.zero_()
+        model.lm_head.bias.zero_()
+        model.lm_head.bias[texts.answer("a")[-1]] = 9.0
+        model.lm_head.bias[texts.answer("a")[0]] = 9.5
+    assert score(model, texts, [row])[0].prediction != "a"
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_loss_is_that_of_the_labels(texts, masked):
+    """The head sees the completions only, rows are padded on the left; none of it may change the loss."""
+    model = _sharp().train()
+    own = Texts(texts.tokenizer, masked=masked)
+    if masked:
+        model, _ = apply(METHODS["T-REX 4x8"], model, 1)
+        rows = [_row("ab", prompt=f"prompt {number}") for number in range(40)]
+        loader = [own.collate([own.example(row) for row in rows])]
+        initialize_trex_prior(model, loader, progress=False)
+        for name, parameter in model.named_parameters():
+            if "trex_B" in name or "trex_router" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+    examples = [own.example(row) for row in ROWS]
+    batch = own.collate(examples)
+    loss = own.loss(model, batch)
+    total = count = 0
+    for example in examples:
+        ids = torch.tensor([example["prompt"] + example["completion"]])
+        labels = ids.clone()
+        labels[:, : len(example["prompt"])] = -100
+        total = total + model(input_ids=ids, labels=labels).loss * len(example["completion"])
+        count += len(example["completion"])
+    torch.testing.assert_close(loss, total / count, rtol=1e-4, atol=1e-4)
+
+
+def test_summaries_count_tasks_alike():
+    rows = [{"task": task, "prompt": "", "answer": "y"} for task in ("a", "a", "a", "b")]
+    scored = [Scored(-1.0, "y"), Scored(-2.0, "n"), Scored(-3.0, "n"), Scored(-4.0, "y")]
+    found = summarise(rows, scored)
+    assert found["tasks"] == {
+        "a": {"rows": 3, "accuracy": pytest.approx(1 / 3), "log_likelihood": -2.0},
+        "b": {"rows": 1, "accuracy": 1.0, "log_likelihood": -4.0},
+    }
+    assert found["accuracy"] == pytest.approx(2 / 3) and found["log_likelihood"] == -3.0
+    assert found["examples"]["correct"] == [1, 0, 0, 1]
+
+
+# methods
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains(name, texts):
+    method = METHODS[name]
+    base = make_llama(vocab_size=259, num_hidden_layers=2, eos_token_id=2, max_position_embeddings=256)
+    model, settings = apply(method, base, 1)
+    assert settings
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert bool(trainable) == method.trained
+    if not trainable:
+        return
+    embed = (lambda prompts: torch.randn(len(prompts), 384)) if method.encoder else None
+    is_trex = name.startswith("T-REX")
+    own = Texts(texts.tokenizer, embed, masked=is_trex)
+    examples = [own.example(_row("ab", prompt=f"prompt {number}")) for number in range(40)]
+    if is_trex and model.active_peft_config.use_prior:
+        initialize_trex_prior(model, [own.collate(examples)], progress=False)
+    before = [parameter.detach().clone() for parameter in trainable]
+    optimizer = torch.optim.SGD(trainable, lr=0.1)
+    for _ in range(2):
+        own.loss(model, own.collate(examples[:4])).backward()
+        optimizer.step()
+    assert any(not torch.equal(now, then) for now, then in zip(trainable, before, strict=True))
+    if is_trex:
+        found = diagnose(model, own, [_row("ab", prompt=f"prompt {number}") for number in range(8)])
+        assert len(found["omega"]) == len(found["gate"]) == len(found["task_share"]) == 14
+        assert (found["purity"] is None) == (not model.active_peft_config.use_prior)
+
+
+def test_the_same_seed_starts_the_same_adapter():
+    base = make_llama(num_hidden_layers=2)
+    states = [apply(METHODS["T-REX 4x8"], copy.deepcopy(base), seed)[0].state_dict() for seed in (1, 1, 2)]
+    name = next(name for name in states[0] if "trex_A" in name)
+    assert torch.equal(states[0][name], states[1][name]) and not torch.equal(states[0][name], states[2][name])
+
+
+def test_learning_rates_differ_where_a_method_says_so(tmp_path, texts):
+    method = METHODS["T-REX 4x8, router rate x 10"]
+    model, settings = apply(method, make_llama(), 1)
+    assert "trex_router x 10" in settings
+    arguments = quality.TrainingArguments(output_dir=str(tmp_path), learning_rate=0.5, use_cpu=True, report_to=[])
+    learner = quality._Learner(texts, method.factors, model=model, args=arguments, train_dataset=[])
+    learner.create_optimizer()
+    rates = {parameter: group["lr"] for group in learner.optimizer.param_groups for parameter in group["params"]}
+    wanted = {p: 5.0 if "trex_router" in name else 0.5 for name, p in model.named_parameters() if p.requires_grad}
+    assert rates == wanted
+
+
+# data
+
+
+def _folder(path, train=12, test=4, tasks=("a", "b"), zipped=False):
+    path.mkdir(exist_ok=True)
+    for name, count in (("train", train), ("test", test)):
+        rows = [
+            {"task": task, "prompt": f"{name} {task} {number}", "answer": str(number)}
+            for task, number in itertools.product(tasks, range(count))
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        if zipped:
+            (path / f"{name}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+        else:
+            (path / f"{name}.jsonl").write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_folder_is_read_and_split(tmp_path, zipped):
+    folder = _folder(tmp_path / "data", zipped=zipped)
+    settings = {"family": "folder", "validation": 3, "train": 5, "test": 2}
+    corpus = corpora.load(settings, folder)
+    assert [len(rows) for rows in (corpus.train, corpus.validation, corpus.test)] == [10, 6, 4]
+    prompts = [row["prompt"] for rows in (corpus.train, corpus.validation, corpus.test) for row in rows]
+    assert len(set(prompts)) == len(prompts)
+    assert corpora.load(settings, folder) == corpus
+    assert corpora.load({**settings, "seed": 1}, folder).train != corpus.train
+    everything = corpora.load({"family": "folder"}, folder)
+    assert [len(rows) for rows in (everything.train, everything.validation, everything.test)] == [24, 0, 8]
+    one = corpora.load({**settings, "tasks": ["b"]}, folder)
+    assert {row["task"] for row in one.train + one.validation + one.test} == {"b"}
+
+
+def test_training_prompts_that_are_tested_are_left_out(tmp_path):
+    folder = _folder(tmp_path / "data")
+    tested = json.loads((folder / "test.jsonl").read_text().splitlines()[0])
+    with (folder / "train.jsonl").open("a") as file:
+        file.write(json.dumps(tested) + "\n")
+    corpus = corpora.load({"family": "folder", "test": 1}, folder)
+    assert tested["prompt"] not in {row["prompt"] for row in corpus.train}
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"validation": 12}, "a has 12 training rows, too few for 12"),
+        ({"tasks": ["c"]}, "no rows of c; there are a, b"),
+        ({"conflict": 0.5}, "conflict is a dial"),
+    ],
+)
+def test_data_that_do_not_fit_are_refused(tmp_path, settings, said):
+    with pytest.raises(ValueError, match=said):
+        corpora.load({"family": "folder", **settings}, _folder(tmp_path / "data"))
+
+
+def test_a_folder_without_the_files_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"has no train\.jsonl"):
+        corpora.load({"family": "folder"}, tmp_path)
+    _folder(tmp_path)
+    (tmp_path / "train.jsonl").write_text('{"task": "a", "prompt": "b"}\n')
+    with pytest.raises(ValueError, match="lacks answer"):
+        corpora.load({"family": "folder"}, tmp_path)
+
+
+HUB_ROWS = {
+    "boolq": {"question": "is it", "answer": True, "passage": ""},
+    "piqa": {"goal": "To do", "sol1": "this", "sol2": "that", "label": 1},
+    "social_iqa": {"context": "C.", "question": "Q?", "answerA": "x", "answerB": "y", "answerC": "z", "label": "3"},
+    "winogrande": {"sentence": "The _ did.", "option1": "x", "option2": "y", "answer": "2"},
+    "arc_easy": {"question": "Q?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"},
+    "openbookqa": {"question_stem": "Q", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "A"},
+    "gsm8k": {"question": "How many?", "answer": "Much thought.\n#### 1,234"},
+}
+
+
+@pytest.mark.parametrize(
+    "task, answer, named",
+    [
+        ("boolq", "true", ["true", "false"]),
+        ("piqa", "solution2", ["solution1", "solution2"]),
+        ("social_iqa", "answer3", ["answer1", "answer2", "answer3"]),
+        ("winogrande", "option2", ["option1", "option2"]),
+        ("arc_easy", "answer2", ["answer1", "answer2"]),
+        ("openbookqa", "answer1", ["answer1", "answer2"]),
+        ("gsm8k", "1234", None),
+    ],
+)
+def test_rows_of_the_hub_become_prompts(monkeypatch, task, answer, named):
+    asked = []
+
+    def load_dataset(*names, split):
+        asked.append((*names, split))
+        # another prompt in each split
+        return [{key: f"{split} {value}" if key in ("question", "goal", "sentence", "question_stem") else value
+                 for key, value in HUB_ROWS[task].items()}]  # fmt: skip
+
+    monkeypatch.setattr(corpora, "load_dataset", load_dataset)
+    corpus = corpora.load({"family": "hub", "tasks": [task]})
+    assert [one[:2] for one in asked] == [corpora.HUB[task][:2]] * 2
+    assert corpus.test[0]["answer"] == answer and corpus.test[0]["task"] == task
+    assert corpora.candidates(corpus.test[0]["prompt"]) == named
+
+
+def test_names_are_those_of_the_speed_benchmark():
+    assert BASE not in METHODS  # "alone" has no meaning where nothing is timed
+    assert {"T-REX 4x8", "LoRA r=32", "LoRA, equal parameters"} <= set(METHODS)
+    assert F is not None
