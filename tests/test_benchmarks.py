@@ -355,10 +355,11 @@ def test_report_names_what_misses_its_goal(written, capsys, change, said):
 
 def test_report_takes_the_latest_row(written):
     def again(rows):
-        rows.append({**_of(rows, "step")[TREX], "ratio": 0.95, "date": "2100-01-01T00:00:00+00:00"})
+        rows.append({**_of(rows, "step")[TREX], "ratio": 0.0125, "date": "2100-01-01T00:00:00+00:00"})
 
-    text, _ = written(_set("step", ratio=1.5), again)
-    assert "1.50 (" not in text and "is met" in text and "0.95 (" in text
+    # ratios that no variant can have measured
+    text, _ = written(_set("step", ratio=987.5), again)
+    assert "987.50 (" not in text and "is met" in text and "0.01 (" in text
 
 
 def test_report_keeps_machines_apart_and_shows_times_of_gpus(written):
