@@ -389,40 +389,39 @@ def _last_whole_checkpoint(folder: Path) -> str | None:
 
 def work_off(experiment: Experiment, queue: Queue, bench: Bench, only: set[str] | None) -> None:
     """Make every run that is missing and that nobody else is at."""
-    taken: set[Run] = set()
-    while True:
-        missing = [run for run in queue.missing(only) if run not in taken]
-        if not missing:
-            return
-        run = missing[0]
-        with claim(bench.work / run.folder) as ours:
-            if not ours or run in queue.done():  # or somebody has finished it just now
-                taken |= set() if ours else {run}
-                continue
-            print(f"{experiment.name}: {run}; {len(missing)} runs known to be missing", flush=True)
-            row = {
-                "experiment": experiment.name,
-                "tier": experiment.tier,
-                **asdict(run),
-                "rows_per_step": experiment.rows_per_step,
-                "train_rows": len(queue.corpus.train),
-                "base": experiment.base or "SmolLM2-135M-Instruct",
-                "precision": experiment.precision,
-                "data": experiment.data["family"],
-                "data_settings": queue.corpus.settings,
-                **bench.run(run),
-                **environment(bench.device),
-            }
-            queue.add(row)
-            print(
-                f"{experiment.name}: {run}: accuracy {row['accuracy']:.4f}, log-likelihood "
-                f"{row['log_likelihood']:.4f} nats, {row['trainable']:,} trainable parameters",
-                flush=True,
-            )
-        shutil.rmtree(bench.work / run.folder, ignore_errors=True)
+    while any(_make(run, experiment, queue, bench) for run in queue.missing(only)):
         gc.collect()  # models hold themselves in circles
         if bench.device == "cuda":
             torch.cuda.empty_cache()
+
+
+def _make(run: Run, experiment: Experiment, queue: Queue, bench: Bench) -> bool:
+    """Make a run and add its row, unless somebody else is at it or has just finished it; whether it was made."""
+    with claim(bench.work / run.folder) as ours:
+        if not ours or run in queue.done():
+            return False
+        print(f"{experiment.name}: {run}", flush=True)
+        row = {
+            "experiment": experiment.name,
+            "tier": experiment.tier,
+            **asdict(run),
+            "rows_per_step": experiment.rows_per_step,
+            "train_rows": len(queue.corpus.train),
+            "base": experiment.base or "SmolLM2-135M-Instruct",
+            "precision": experiment.precision,
+            "data": experiment.data["family"],
+            "data_settings": queue.corpus.settings,
+            **bench.run(run),
+            **environment(bench.device),
+        }
+        queue.add(row)
+        shutil.rmtree(bench.work / run.folder)
+    print(
+        f"{experiment.name}: {run}: accuracy {row['accuracy']:.4f}, log-likelihood {row['log_likelihood']:.4f} nats, "
+        f"{row['trainable']:,} trainable parameters",
+        flush=True,
+    )
+    return True
 
 
 def main(argv: list[str] | None = None) -> int:
