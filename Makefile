@@ -9,7 +9,7 @@ SOURCES := src tests examples benchmarks
 # pins an older numpy than ours, which it works with; tests/test_quantized.py runs it in a process of its own
 GPTQ := gptqmodel optimum device-smi tokenicer logbar defuser pypcre protobuf
 
-.PHONY: demo serve test lint bench clean
+.PHONY: demo serve test lint bench quality clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -29,6 +29,12 @@ lint: $(VENV)/test
 bench: $(VENV)/test
 	$(BIN)/python benchmarks/run.py $(ARGS)
 	$(BIN)/python benchmarks/report.py
+
+# Hours on two cores; what is done is kept, and a second call goes on. Another experiment: make quality EXPERIMENT=...
+EXPERIMENT ?= benchmarks/experiments/generated-small.yaml
+quality: $(VENV)/test $(VENV)/demo
+	$(BIN)/python benchmarks/quality.py $(EXPERIMENT) $(ARGS)
+	$(BIN)/python benchmarks/quality_report.py
 
 # The CPU build of torch is under 200 MB where the default one on Linux brings several GB of CUDA libraries. pip takes it
 # where it has one at hand; uv knows where to find one.

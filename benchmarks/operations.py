@@ -217,7 +217,8 @@ def generate(
     are, the training rows whatever `validation` is; and a task's rows are the same whatever `tasks` is.
 
     Args:
-        train, test, validation: rows of each task; at least 1, 1 and 0. 6,000 together at least.
+        train, test, validation: rows of each task; at least 1, 1 and 0, and together up to 6,000 at any
+            `conflict`.
         tasks: the first so many of OPERATIONS, from 2 on.
         conflict: between 0 and 1.
         seed: of inputs and order.

@@ -160,13 +160,13 @@ def _check(experiment: Experiment, path: Path) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a results file, none if there is no such file.
+    """The rows of a results file.
 
     Raises:
         ValueError: naming a damaged line.
     """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else [], 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             rows.append(json.loads(line))
         except ValueError as error:
@@ -208,8 +208,13 @@ class Queue:
                     yield Run(name, "final", chosen[name], seed, self.experiment.steps, fingerprint)
 
     def done(self) -> dict[Run, dict[str, Any]]:
+        if not self.path.exists():
+            return {}
+        with self.path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH)  # not while another worker is in the midst of a row
+            rows = read_rows(self.path)
         names = [field.name for field in fields(Run)]
-        return {Run(**{name: row[name] for name in names}): row for row in read_rows(self.path)}
+        return {Run(**{name: row[name] for name in names}): row for row in rows}
 
     def chosen(self, done: Mapping[Run, Mapping[str, Any]]) -> dict[str, float]:
         """The best learning rate of each method that has been tried with all: by the gold answers' log-likelihood."""
@@ -233,6 +238,7 @@ class Queue:
     def add(self, row: Mapping[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
             file.write(json.dumps(row) + "\n")
 
 
