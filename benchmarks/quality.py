@@ -31,6 +31,7 @@ import yaml
 from diagnosis import diagnose
 from measure import Job, environment, peak_memory, resident_memory
 from methods import METHODS, Method, apply
+from reporting import read
 from scoring import Texts, score, summarise
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
@@ -159,21 +160,6 @@ def _check(experiment: Experiment, path: Path) -> None:
             )
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a results file.
-
-    Raises:
-        ValueError: naming a damaged line.
-    """
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}, is no row: {error}. Remove the line.") from error
-    return rows
-
-
 class Queue:
     """The runs of an experiment, and which of them are done."""
 
@@ -212,9 +198,7 @@ class Queue:
             return {}
         with self.path.open() as file:
             fcntl.flock(file, fcntl.LOCK_SH)  # not while another worker is in the midst of a row
-            rows = read_rows(self.path)
-        names = [field.name for field in fields(Run)]
-        return {Run(**{name: row[name] for name in names}): row for row in rows}
+            return dict(read(self.path, lambda row: (Run(**{one.name: row[one.name] for one in fields(Run)}), row)))
 
     def chosen(self, done: Mapping[Run, Mapping[str, Any]]) -> dict[str, float]:
         """The best learning rate of each method that has been tried with all: by the gold answers' log-likelihood."""
