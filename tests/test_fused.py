@@ -405,6 +405,23 @@ def test_bfloat16_is_not_copied_to_float32():
     assert layer.trex_A["default"].grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_parameters_that_a_wrapper_keeps_elsewhere(implementation):
+    """FSDP with flat parameters, and the replicas of DataParallel, leave plain attributes where parameters were."""
+    model, x = small(mixture_implementation=implementation, router_rank=3), torch.randn(3, 1, 64)
+    with torch.no_grad():
+        expected = model(x)
+        layer = first_layer(model)
+        for kind in layer.adapter_layer_names:
+            kept = getattr(layer, kind)
+            for name in list(kept._parameters):
+                tensor = kept[name].detach()
+                delattr(kept, name)
+                setattr(kept, name, tensor)
+        assert not list(layer.trex_A.parameters())
+        assert torch.equal(model(x), expected)
+
+
 def test_an_unknown_way_is_refused():
     with pytest.raises(
         ValueError, match=r"mixture_implementation='triton' is unknown; it must be one of auto, reference"

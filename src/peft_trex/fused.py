@@ -36,7 +36,7 @@ class MixSettings(NamedTuple):
 
 def fusible(x: Tensor, A: Tensor) -> bool:
     """Whether there is a fast path for a layer's input: a plain tensor on a CPU, or where the kernels run."""
-    return type(x) is Tensor and (x.device.type == "cpu" or (kernels.available(x) and kernels.available(A)))
+    return type(x) is Tensor and (x.is_cpu or (kernels.available(x) and kernels.available(A)))
 
 
 def add_mixture(
@@ -65,19 +65,19 @@ def add_mixture(
     Raises:
         NotImplementedError: by the backward pass, for `create_graph=True`.
     """
-    device, dtype = x.device.type, x.dtype
+    device = x.device.type
     autocast = torch.is_autocast_enabled(device)
+    # not whatever is short: a checkpointed forward, without gradients, must round as its second run does
+    if not torch.is_grad_enabled() and device == "cpu" and x.dim() == 3 and x.shape[1] == 1 and 0 < x.shape[0] <= FEW:
+        if not autocast:
+            return _decode(result, x, A, B, router, router_down, prior, omega_logit, gate_logit, settings)
+        with torch.autocast(device, enabled=False):
+            return _decode(result, x, A, B, router, router_down, prior, omega_logit, gate_logit, settings)
+    dtype = x.dtype
     if autocast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    if device == "cpu":
-        if dtype in SLOW_ON_CPU:
-            dtype = torch.float32
-        # not whatever is short: a checkpointed forward, without gradients, must round as its second run does
-        if x.dim() == 3 and x.shape[1] == 1 and not torch.is_grad_enabled() and 0 < len(x) <= FEW:
-            if not autocast:
-                return _decode(result, x, A, B, router, router_down, prior, omega_logit, gate_logit, settings)
-            with torch.autocast(device, enabled=False):
-                return _decode(result, x, A, B, router, router_down, prior, omega_logit, gate_logit, settings)
+    if device == "cpu" and dtype in SLOW_ON_CPU:
+        dtype = torch.float32
     if prior is not None and prior.dim() == 3:  # one row for each token
         prior = prior.expand(*x.shape[:-1], prior.shape[-1]).flatten(0, 1)
     arguments = (A, B, router, router_down, prior, omega_logit, gate_logit, settings, dtype)
@@ -106,7 +106,7 @@ def _decode(
     settings: MixSettings,
 ) -> Tensor:
     """The output for x (B, 1, D_in) with as few calls as can be: on a CPU they are what decoding costs."""
-    alone = len(x) == 1  # one row is a vector, and products with it take half as long
+    alone = x.shape[0] == 1  # one row is a vector, and products with it take half as long
     x = x.reshape(-1) if alone else x
     if x.dtype != A.dtype:  # cheaper than a copy of the weights
         x = x.to(A.dtype)
@@ -119,10 +119,11 @@ def _decode(
     G = torch.softmax(z, -1)
     scale, by_token, by_prior = _shares(_number(omega_logit, settings), prior, settings)
     if prior is not None:
-        prior = prior.view(-1) if alone else prior.view(-1, 1, prior.shape[-1])
+        if not alone:
+            prior = prior.view(-1, 1, prior.shape[-1])
         G = torch.add(G, prior, alpha=by_prior) if by_token == 1 else torch.add(prior, G, alpha=by_token)
     if settings.layout == "paired":
-        m = a * G
+        m = (a * G).view(a.shape)
     elif alone:
         m = torch.mv(G.view(settings.r_a, -1).T, a)
     else:

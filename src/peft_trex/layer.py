@@ -147,18 +147,23 @@ class TRexLayer(BaseTunerLayer):
 
     def _routing(self, adapter_name: str, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The adapter's router, its lower factor if it has two, and the prior, for an input `x`."""
-        parts: Any = self._modules  # type: ignore[attr-defined]  # past nn.Module's own way to them, which takes long
         prior = None
         if self.trex_uses_prior[adapter_name]:
             prior = self._channel.scores(adapter_name, x)
-            if adapter_name in parts["trex_map"]:
+            if self._find("trex_map", adapter_name) is not None:
                 prior = self._prior(adapter_name, prior)
-        router = parts["trex_router"][adapter_name] if adapter_name in parts["trex_router"] else None
+        router = self._find("trex_router", adapter_name)
         if router is None and prior is None:  # a prior that is not known yet
             A, B = self.trex_A[adapter_name], self.trex_B[adapter_name]
             prior = x.new_zeros(1, num_experts(A.shape[0], B.shape[1], self.trex_settings[adapter_name]["layout"]))
-        down = parts["trex_router_down"][adapter_name] if adapter_name in parts["trex_router_down"] else None
-        return router, down, prior
+        return router, self._find("trex_router_down", adapter_name), prior
+
+    def _find(self, kind: str, adapter_name: str) -> Any:
+        """One of the adapter's parameters, None if it has none of that kind."""
+        parameters: Any = self._modules[kind]  # type: ignore[attr-defined]
+        # decoding feels the time that nn.Module's own way takes; what wraps or shards modules may leave no other
+        found = parameters._parameters.get(adapter_name)
+        return parameters[adapter_name] if found is None and adapter_name in parameters else found
 
     @torch.no_grad()
     def static_factors(self, adapter_name: str, cluster: int | None = None) -> tuple[Tensor, Tensor]:
@@ -220,24 +225,21 @@ class TRexLayer(BaseTunerLayer):
 
     def _add_adapter(self, adapter_name: str, result: Tensor, x: Tensor) -> Tensor:
         """`result` (..., D_out) plus the adapter's output for the input `x` (..., D_in)."""
-        parts: Any = self._modules  # type: ignore[attr-defined]  # as in _routing
-        A = parts["trex_A"][adapter_name]
+        A = self._find("trex_A", adapter_name)
         fused = self.trex_fused[adapter_name]
         # what is traced is fused by its compiler, which does better with the formula; other devices, and tensors that
         # stand for others, have nothing else
-        if not (fusible(x, A) and not torch.compiler.is_compiling() and not torch.jit.is_tracing()):
+        if fused is not None and (not fusible(x, A) or torch.compiler.is_compiling() or torch.jit.is_tracing()):
             fused = None
         # bfloat16 needs no copy in float32 there
         if x.dtype != A.dtype and (fused is None or x.dtype != torch.bfloat16 or A.dtype != torch.float32):
             x = self._cast_input_dtype(x, A.dtype)
-        B, omega, gate = (
-            parts["trex_B"][adapter_name],
-            parts["trex_omega"][adapter_name],
-            parts["trex_gate"][adapter_name],
-        )
+        B = self._find("trex_B", adapter_name)
+        omega = self._find("trex_omega", adapter_name)
+        gate = self._find("trex_gate", adapter_name)
         router, down, prior = self._routing(adapter_name, x)
-        dropout = parts["trex_dropout"][adapter_name]
-        if not isinstance(dropout, nn.Identity):
+        dropout = self._modules["trex_dropout"]._modules[adapter_name]  # type: ignore[attr-defined]
+        if type(dropout) is not nn.Identity:
             x = dropout(x)
         if fused is not None and router is not None:
             return add_mixture(result, x, A, B, router, down, prior, omega, gate, fused)
@@ -334,16 +336,17 @@ class Linear(nn.Module, TRexLayer):
         self._former_weight = self._former_weight or former
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters:
-            if self.merged:
+        if self._disable_adapters:
+            if self.merged_adapters:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        result = self.base_layer(x, *args, **kwargs)
-        if self.merged:
+        base_layer: Any = self._modules["base_layer"]  # decoding feels the time that properties take, as in _find
+        result = base_layer(x, *args, **kwargs)
+        if self.merged_adapters:
             return result
-        adapters = self.trex_A
-        for name in self.active_adapters:
-            if name in adapters:
+        active = self._active_adapter
+        for name in (active,) if isinstance(active, str) else active:
+            if name in self.trex_fused:
                 result = self._add_adapter(name, result, x)
         return result
 
