@@ -138,7 +138,7 @@ def test_only_what_a_change_touches_is_done_again(finished, tmp_path, capsys):
     for changes, missing in (
         ({"seeds": [1, 2, 3]}, 2),
         ({"steps": 5}, 4),
-        ({"tune_steps": 3}, 4),  # and then the final runs, whose learning rates are not known yet
+        ({"tune_steps": 3, "seeds": [1, 2, 3]}, 4),  # the final runs' learning rates are not known yet
         ({"rows_per_step": 8}, 5),
     ):
         _run(tmp_path, _write(tmp_path, base=base, **changes), "--list")
@@ -241,6 +241,19 @@ def test_the_experiments_that_come_along_can_be_read():
 
 
 # scoring
+
+
+@pytest.mark.parametrize(
+    ("prompt", "named"),
+    [
+        ("Choose.\n\nAnswer format: a/b", ["a", "b"]),
+        ("Answer format: x/y is told\n\nAnswer format: true/false\n", ["true", "false"]),
+        ("Write 7.\n\nAnswer format: 7", None),
+        ("Is it and/or?", None),
+    ],
+)
+def test_candidates_are_those_that_the_prompt_names(prompt, named):
+    assert corpora.candidates(prompt) == named
 
 
 def test_contexts_are_as_few_as_can_be():
