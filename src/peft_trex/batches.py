@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -20,15 +22,27 @@ def check_count(name: str, value: Any, least: int = 1, none: bool = True) -> Non
 
 
 @contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Leaves the global random states of torch (on the CPU), NumPy and Python as they were: a data loader draws."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+
+
+@contextmanager
 def reading(dataloader: Iterable[Any], max_batches: int | None, progress: bool, title: str) -> Iterator[Iterable[Any]]:
-    """Gives the first `max_batches` batches, all if None; torch's random state is left as it was."""
+    """Gives the first `max_batches` batches, all if None; the global random states are left as they were."""
     try:
         total: int | None = len(dataloader)  # type: ignore[arg-type]
     except TypeError:  # a stream, also one in a DataLoader
         total = None
     if max_batches is not None:
         total = max_batches if total is None else min(total, max_batches)
-    with torch.random.fork_rng(devices=[]), tqdm(total=total, desc=title, disable=not progress) as bar:
+    with random_states_kept(), tqdm(total=total, desc=title, disable=not progress) as bar:
 
         def batches() -> Iterator[Any]:
             for batch in islice(dataloader, max_batches):
