@@ -9,6 +9,9 @@ SOURCES := src tests examples benchmarks
 # pins an older numpy than ours, which it works with; tests/test_quantized.py runs it in a process of its own
 GPTQ := gptqmodel optimum device-smi tokenicer logbar defuser pypcre protobuf
 
+# transformers and accelerate behave differently wherever it can be imported; tests/distributed_worker.py imports it
+DEEPSPEED := deepspeed hjson msgpack py-cpuinfo
+
 .PHONY: demo serve test lint bench quality clean
 
 demo: $(VENV)/demo
@@ -55,6 +58,7 @@ $(VENV)/demo: $(VENV)/torch pyproject.toml
 $(VENV)/test: $(VENV)/torch pyproject.toml
 	$(INSTALL) -e ".[test]"
 	$(INSTALL) --no-deps --upgrade --target $(VENV)/gptq $(GPTQ)
+	$(INSTALL) --no-deps --upgrade --target $(VENV)/deepspeed $(DEEPSPEED)
 	touch $@
 
 # vLLM pins other versions than ours, so it has a virtual environment of its own. It brings three packages for images and

@@ -139,7 +139,8 @@ def initialize_trex_prior(
             source = nullcontext(_parts(embeddings, prior.dim))
         else:
             source = reading(dataloader, max_batches, progress and ranks.rank == 0, "T-REX prior")
-        with source as batches:
+        held = nullcontext() if external else tuner.prompts.scorer.whole_embedding()
+        with held, source as batches:
             fit = _fit_stream(batches, embed, prior, ranks, seed, tolerance)
         prior.set(fit.centroids, fit.mean, fit.mean_scores)
         tuner.forget_static(adapter_name)

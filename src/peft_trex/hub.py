@@ -65,8 +65,15 @@ def check_adapter_file(folder: str) -> None:
         ) from error
 
 
-def complete_model_cards(model_class: Any) -> None:
-    """Let the cards of models with a T-REX adapter say what loading them needs; others go their way unchanged.
+def mend_peft_model(model_class: Any) -> None:
+    """Have PEFT's model class do for T-REX what it has no place for; other methods go their way unchanged."""
+    _complete_model_cards(model_class)
+    _look_before_loading(model_class)
+    _find_offloaded(model_class)
+
+
+def _complete_model_cards(model_class: Any) -> None:
+    """Let the cards of models with a T-REX adapter say what loading them needs.
 
     PEFT has no place for this. Its `save_pretrained`, and transformers' Trainer, write the card by
     `create_or_update_model_card`. transformers' `push_to_hub`, which PEFT inherits, then writes a card of its own over
@@ -92,6 +99,42 @@ def complete_model_cards(model_class: Any) -> None:
         return upload(self, working_dir, *args, **kwargs)
 
     model_class._upload_modified_files = upload_with_card
+
+
+def _look_before_loading(model_class: Any) -> None:
+    """Say which file is damaged also where weights are loaded into an adapter that is there: a resumed Trainer does.
+
+    PEFT then reads no configuration, which is where else the file is looked at.
+    """
+    load = model_class.load_adapter
+
+    @functools.wraps(load)
+    def load_adapter(self: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        if _trex_config(self) is not None and os.path.isdir(model_id):
+            check_adapter_file(model_id)
+        return load(self, model_id, *args, **kwargs)
+
+    model_class.load_adapter = load_adapter
+
+
+def _find_offloaded(model_class: Any) -> None:
+    """Let an adapter's tensors be found on the disk, where PEFT puts those of layers that a device map sends there.
+
+    Its index has the adapter's name before the last part of each: right for `lora_A.weight`, and not for `trex_A`.
+    """
+    update = model_class._update_offload
+
+    @functools.wraps(update)
+    def update_offload(self: Any, offload_index: Any, adapters_weights: Any) -> Any:
+        result = update(self, offload_index, adapters_weights)
+        if _trex_config(self) is not None:
+            for key in list(offload_index or ()):
+                *layer, adapter_name, tensor = key.split(".")
+                if tensor.startswith("trex_") and adapter_name in self.peft_config:
+                    offload_index[".".join((*layer, tensor, adapter_name))] = offload_index[key]
+        return result
+
+    model_class._update_offload = update_offload
 
 
 def _trex_config(model: Any) -> Any:

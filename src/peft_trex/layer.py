@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -162,8 +164,10 @@ class TRexLayer(BaseTunerLayer):
         """One of the adapter's parameters, None if it has none of that kind."""
         parameters: Any = self._modules[kind]  # type: ignore[attr-defined]
         # decoding feels the time that nn.Module's own way takes; what wraps or shards modules may leave no other
-        found = parameters._parameters.get(adapter_name)
-        return parameters[adapter_name] if found is None and adapter_name in parameters else found
+        own = parameters._parameters
+        if adapter_name in own:
+            return own[adapter_name]  # not by get, an access that DeepSpeed's ZeRO-3 would not notice
+        return parameters[adapter_name] if adapter_name in parameters else None
 
     @torch.no_grad()
     def static_factors(self, adapter_name: str, cluster: int | None = None) -> tuple[Tensor, Tensor]:
@@ -223,9 +227,28 @@ class TRexLayer(BaseTunerLayer):
         clusters = torch.where(scores.any(-1), scores.argmax(-1), scores.shape[-1])
         return clusters.reshape(*clusters.shape, *[1] * (x.dim() - 1 - clusters.dim())).expand(x.shape[:-1])
 
+    @contextmanager
+    def _onloaded(self) -> Iterator[None]:
+        """While the adapters are used, have accelerate bring what it keeps elsewhere.
+
+        It does so before a module's forward, and a ParameterDict has none.
+        """
+        offloaded: list[Any] = [module for name in self.adapter_layer_names if (module := getattr(self, name))]
+        offloaded = [module for module in offloaded if hasattr(module, "_hf_hook")]
+        for module in offloaded:
+            module._hf_hook.pre_forward(module)
+        try:
+            yield
+        finally:
+            for module in offloaded:
+                module._hf_hook.post_forward(module, None)
+
     def _add_adapter(self, adapter_name: str, result: Tensor, x: Tensor) -> Tensor:
         """`result` (..., D_out) plus the adapter's output for the input `x` (..., D_in)."""
         A = self._find("trex_A", adapter_name)
+        if A.is_meta and hasattr(self.trex_A, "_hf_hook"):
+            with self._onloaded():
+                return self._add_adapter(adapter_name, result, x)
         fused = self.trex_fused[adapter_name]
         # what is traced is fused by its compiler, which does better with the formula; other devices, and tensors that
         # stand for others, have nothing else

@@ -45,12 +45,13 @@ class SemanticPrior(nn.Module):
     @property
     def fitted(self) -> bool:
         """Whether the centroids are known."""
-        if self._fitted is None:
+        # what was not so may be by now: DDP, for one, copies the buffers of rank 0 over those of the others
+        if not self._fitted and not torch.compiler.is_compiling():
             self.look()
         return bool(self._fitted)
 
     def look(self, *_: Any) -> None:
-        """Read off the centroids whether they are known: once, since on a GPU each look would wait for the device."""
+        """Read off the centroids whether they are known; on a GPU each look waits for the device."""
         self._fitted = None if self.centroids.is_meta else bool(self.centroids.any())
 
     @torch.no_grad()

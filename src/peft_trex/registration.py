@@ -53,7 +53,7 @@ def register(config_class: type, model_class: type) -> None:
     from peft.peft_model import PeftModel
     from peft.utils import PeftType, register_peft_method
 
-    from .hub import complete_model_cards
+    from .hub import mend_peft_model
 
     member: Any = extend_str_enum(PeftType, METHOD.upper(), METHOD.upper())
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
@@ -68,4 +68,4 @@ def register(config_class: type, model_class: type) -> None:
         for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
             mapping.pop(member, None)
     register_peft_method(name=METHOD, config_cls=config_class, model_cls=model_class)
-    complete_model_cards(PeftModel)
+    mend_peft_model(PeftModel)

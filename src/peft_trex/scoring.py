@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.utils import TaskType
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .prior import ForwardPrior, SemanticPrior
@@ -35,6 +36,7 @@ class PromptScorer:
     def __init__(self, tuner: TRexModel) -> None:
         self.tuner = tuner
         self._warned: set[str] = set()
+        self._whole = False  # whether a sharded embedding is held in one piece
         self._untold = 0  # forwards with labels, on a device that a look has to wait for
 
     @torch.no_grad()
@@ -52,8 +54,11 @@ class PromptScorer:
             if not isinstance(ids, Tensor):
                 raise TypeError(f"input_ids is a {type(ids).__name__}; expected a tensor of token ids (B, T).")
             training, embedding.training = embedding.training, False  # NEFTune adds noise to it in training
+            # a weight that accelerate keeps elsewhere stands on meta, and its hook knows where the ids have to go
+            ids = ids if embedding.weight.is_meta else ids.to(embedding.weight.device)
             try:
-                embeds = embedding(ids.to(embedding.weight.device))
+                # by the module's call, at which FSDP2, ZeRO-3 and accelerate bring the weight
+                embeds = embedding.forward(ids) if self._whole else embedding(ids)
             finally:
                 embedding.training = training
         if embeds is None:
@@ -72,6 +77,36 @@ class PromptScorer:
                 "that does not see the answer.",
             )
         return prompts.mean(embeds), prompts
+
+    @contextmanager
+    def whole_embedding(self) -> Iterator[None]:
+        """While many batches are embedded outside of a forward: hold a sharded embedding in one piece.
+
+        FSDP2 and ZeRO-3 gather it at each call of the module, in which all ranks must take part; but the ranks' data
+        may differ in length. FSDP2 also takes what is called first for the whole model, and refuses that one later.
+        All ranks must enter.
+        """
+        embedding: Any = self.tuner.input_embedding()
+        weight: Any = None if embedding is None else embedding.weight
+        sharded, zero3 = hasattr(weight, "full_tensor"), hasattr(weight, "ds_id")
+        if self._whole or not (sharded or zero3):
+            yield
+            return
+        self._whole = True
+        try:
+            if zero3:
+                import deepspeed  # type: ignore[import-not-found]
+
+                with deepspeed.zero.GatheredParameters([weight]):
+                    yield
+            else:
+                embedding.weight = nn.Parameter(weight.full_tensor(), requires_grad=False)
+                try:
+                    yield
+                finally:
+                    embedding.weight = weight
+        finally:
+            self._whole = False
 
     def _may_look(self, told: Tensor) -> bool:
         """Whether to look at a value for a warning: not again, and ever more seldom where that waits for a GPU."""

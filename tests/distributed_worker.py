@@ -1,0 +1,405 @@
+"""What the processes of test_distributed.py run. Each function that takes a folder is one launch, and writes there."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import peft.peft_model
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from conftest import adapted, answered, batches, make_llama, prompts
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
+
+import peft_trex.layer
+from peft_trex import initialize_trex_prior
+
+# where `make test` puts it: transformers and accelerate behave differently wherever it can be imported
+DEEPSPEED = Path(sys.prefix) / "deepspeed"
+PROCESSES = 2
+TIMEOUT = 200  # seconds, for processes that wait for each other for ever
+ROWS = 8  # of a step, in all processes together
+STEPS, SAVED_AFTER = 5, 3
+VARIANTS = {
+    "identity map": {"num_clusters": 6},
+    "learned map": {},
+    "reduced router": {"router_rank": 2},
+    "reference": {"mixture_implementation": "reference"},
+}
+CHECKPOINTED = {"identity map": False, "learned map": True, "reduced router": False, "reference": True}
+# ZeRO has no float64, in which rounding hides nothing
+DTYPES = {"ddp": torch.float64, "fsdp2": torch.float64, "zero2": torch.float32, "zero3": torch.float32}
+
+
+def import_deepspeed():
+    sys.path.append(str(DEEPSPEED))
+    import deepspeed
+
+    # its all-reduce through shared memory would be compiled first, and a build that is killed leaves a lock for ever
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def enter(name, rank, port, folder, arguments):
+    """A process's start: the environment that torchrun sets, and output to a file."""
+    with open(Path(folder) / f"output-{rank}.txt", "ab", buffering=0) as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES, "LOCAL_WORLD_SIZE": PROCESSES}
+    os.environ.update({key: str(value) for key, value in {**ranks, "MASTER_PORT": port}.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1")
+    sys.stdout.reconfigure(line_buffering=True)
+    torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(0.9 * TIMEOUT)
+    globals()[name](Path(folder), *arguments)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    faulthandler.cancel_dump_traceback_later()
+
+
+def keep(results, folder, name):
+    if dist.get_rank() == 0:
+        torch.save(results, folder / f"{name}.pt")
+
+
+# one training, however it is spread
+
+
+def build(variant, dtype, checkpointing=False, fit=True, reentrant=False):
+    torch.manual_seed(0)
+    model = adapted(base=make_llama().to(dtype), fit=False, **VARIANTS[variant]).train()
+    if fit:  # not by initialize_trex_prior, which would share the prompts out
+        prior = model.base_model.prior_of("default")
+        generator = torch.Generator().manual_seed(0)
+        like = (prior.centroids, prior.mean, prior.mean_scores)
+        prior.set(*(torch.randn(tensor.shape, generator=generator) for tensor in like))
+    model.config.use_cache = False
+    if checkpointing:
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.get_base_model().enable_input_require_grads()
+    return model
+
+
+def trained(model):
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def optimizer_of(model):
+    return torch.optim.AdamW(trained(model).values(), lr=1e-2, weight_decay=0.1)
+
+
+def batch_of(step):
+    """This process's rows of a step."""
+    batch = answered(ROWS, seed=100 + step)
+    if not dist.is_initialized():
+        return batch
+    part = ROWS // PROCESSES
+    return {key: value[part * dist.get_rank() :][:part] for key, value in batch.items()}
+
+
+def mean_over_processes(loss):
+    loss = loss.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(loss)
+        loss /= PROCESSES
+    return loss.item()
+
+
+def train(model, optimizer, first=0, last=STEPS):
+    losses = []
+    for step in range(first, last):
+        loss = model(**batch_of(step)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(mean_over_processes(loss))
+    return losses
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def outcome(model, losses):
+    parameters = trained(model)
+    return {
+        "losses": losses,
+        "parameters": {name: whole(parameter) for name, parameter in parameters.items()},
+        "gradients": {name: whole(parameter.grad) for name, parameter in parameters.items()},
+    }
+
+
+def single(variant, dtype):
+    """In one process, without checkpointing: losses, the last step's gradients, parameters and logits after it."""
+    model = build(variant, dtype)
+    results = outcome(model, train(model, optimizer_of(model)))
+    return {**results, "logits": model.eval()(input_ids=prompts(3)).logits.detach()}
+
+
+class Counted:
+    """The fast path of the mixture, counting its calls."""
+
+    def __init__(self):
+        self.calls, self.function = 0, peft_trex.layer.add_mixture
+
+    def __call__(self, *args):
+        self.calls += 1
+        return self.function(*args)
+
+    def __enter__(self):
+        peft_trex.layer.add_mixture = self
+        return self
+
+    def __exit__(self, *_):
+        peft_trex.layer.add_mixture = self.function
+
+
+# DDP
+
+
+def ddp(folder):
+    dist.init_process_group("gloo")
+    results = {}
+    for variant, checkpointing in CHECKPOINTED.items():
+        # DDP copies the prior of the main process to the others
+        model = build(variant, DTYPES["ddp"], checkpointing, fit=dist.get_rank() == 0)
+        with Counted() as fast:
+            losses = train(DistributedDataParallel(model), optimizer_of(model))
+        results[variant] = {**outcome(model, losses), "fast": fast.calls}
+        if dist.get_rank() == 0:
+            model.save_pretrained(folder / variant)
+    keep(results, folder, "ddp")
+
+
+# FSDP2
+
+ON_MAIN = StateDictOptions(full_state_dict=True, cpu_offload=True)
+ADAPTER = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+def shard(model, embedding="root"):
+    """As torch's tutorials do, with the embedding in the root's group, or as accelerate does."""
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    base = model.get_base_model()
+    for layer in base.model.layers:
+        fully_shard(layer, mesh=mesh)
+    if embedding == "apart":
+        fully_shard(base.model.embed_tokens, mesh=mesh)
+    elif embedding == "with the head":
+        fully_shard([base.model.norm, base.model.embed_tokens, base.lm_head], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for parameter in model.parameters():
+        assert isinstance(parameter, DTensor)
+        assert parameter.to_local().shape[0] <= -(-parameter.shape[0] // PROCESSES)
+    return model
+
+
+def fsdp2(folder):
+    dist.init_process_group("gloo")
+    results = {}
+    groups = {"learned map": "apart", "reduced router": "with the head"}
+    for variant, checkpointing in CHECKPOINTED.items():
+        model = shard(build(variant, DTYPES["fsdp2"], checkpointing), groups.get(variant, "root"))
+        optimizer = optimizer_of(model)
+        with Counted() as fast:
+            losses = train(model, optimizer, last=SAVED_AFTER)
+            states = _states(model, optimizer)
+            assert not any("embed_tokens" in name for name in states["model"])
+            dcp.save(states, checkpoint_id=folder / f"{variant}, middle")
+            losses += train(model, optimizer, first=SAVED_AFTER)
+        results[variant] = {**outcome(model, losses), "fast": fast.calls}
+        state = get_model_state_dict(model, options=ON_MAIN)
+        if dist.get_rank() == 0:
+            model.save_pretrained(folder / variant, state_dict=state)
+        again = shard(build(variant, DTYPES["fsdp2"], checkpointing, fit=False))
+        optimizer = optimizer_of(again)
+        states = _states(again, optimizer)
+        dcp.load(states, checkpoint_id=folder / f"{variant}, middle")
+        set_model_state_dict(again, states["model"], options=ADAPTER)
+        set_optimizer_state_dict(again, optimizer, states["optimizer"])
+        results[variant]["resumed"] = train(again, optimizer, first=SAVED_AFTER)
+    keep(results, folder, "fsdp2")
+
+
+def _states(model, optimizer):
+    return {
+        "model": get_model_state_dict(model, options=ADAPTER),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+    }
+
+
+# ZeRO
+
+
+def zero_settings(stage, gradient_clipping=0.0):
+    return {
+        "train_micro_batch_size_per_gpu": ROWS // PROCESSES,
+        "gradient_clipping": gradient_clipping,  # 1.0 by default, as the Trainer's
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_param_persistence_threshold": 0,  # or small parameters, all of these, would not be sharded
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+    }
+
+
+def check_sharded(model):
+    for parameter in model.parameters():
+        assert parameter.ds_tensor.numel() <= -(-parameter.ds_numel // PROCESSES)
+        assert parameter.numel() == 0
+
+
+def zero(folder, stage):
+    """With DeepSpeed's own engine."""
+    deepspeed.init_distributed("gloo")
+    results = {}
+    for variant, checkpointing in CHECKPOINTED.items():
+        model = build(variant, DTYPES[f"zero{stage}"], checkpointing, reentrant=True)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=zero_settings(stage))
+        losses = []
+        with Counted() as fast:
+            for step in range(STEPS):
+                loss = engine(**batch_of(step)).loss
+                engine.backward(loss)
+                engine.step()
+                losses.append(mean_over_processes(loss))
+        if stage == 3:
+            check_sharded(model)
+        state = engine._zero3_consolidated_16bit_state_dict() if stage == 3 else model.state_dict()
+        if dist.get_rank() == 0:
+            parameters = {name: state[name].clone() for name in trained(model)}
+            results[variant] = {"losses": losses, "parameters": parameters, "fast": fast.calls}
+            model.save_pretrained(folder / variant, state_dict=state)
+        engine.destroy()
+    keep(results, folder, f"zero{stage}")
+
+
+# the prior of a model that is sharded already
+
+
+def fit_sharded(folder, how):
+    """Each process has another number of batches."""
+    if how == "zero3":
+        deepspeed.init_distributed("gloo")
+    else:
+        dist.init_process_group("gloo")
+    model = build("learned map", DTYPES[how], fit=False)
+    if how == "zero3":
+        runs, *_ = deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=zero_settings(3))
+    else:
+        runs = shard(model, embedding="apart")
+    initialize_trex_prior(model, batches(32)[: 1 + 2 * dist.get_rank()], progress=False)
+    if how == "zero3":
+        check_sharded(model)
+    loss = runs(**batch_of(0)).loss
+    prior = {name: tensor.clone() for name, tensor in model.base_model.prior_of("default").named_buffers()}
+    keep({"prior": prior, "loss": mean_over_processes(loss)}, folder, "fit_sharded")
+
+
+# transformers' Trainer
+
+
+class InOrder(Trainer):
+    """One process sees in a step what several see together."""
+
+    def _get_train_sampler(self, *args):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def trainer_of(folder, stage=None, fit=True):
+    """Trains STEPS steps and saves after the second and the fourth."""
+    AcceleratorState._reset_state(True)
+    # as launchers set them; with use_cpu DeepSpeed would be left out without a word
+    os.environ["ACCELERATE_USE_CPU"] = str(stage is None).lower()
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = str(stage is not None).lower()
+    data = answered(ROWS * STEPS, seed=5)
+    return InOrder(
+        model=build("learned map", torch.float32, fit=fit),
+        args=TrainingArguments(
+            str(folder),
+            max_steps=STEPS,
+            per_device_train_batch_size=ROWS // int(os.environ.get("WORLD_SIZE", 1)),
+            learning_rate=1e-2,
+            logging_steps=1,
+            save_steps=2,
+            use_cpu=stage is None,
+            report_to=[],
+            disable_tqdm=True,
+            gradient_checkpointing=stage == 3,
+            ddp_find_unused_parameters=False,  # the default, True for a PeftModel, would let them pass
+            deepspeed=zero_settings(stage, gradient_clipping=1.0) if stage else None,
+        ),
+        train_dataset=[{key: value[row] for key, value in data.items()} for row in range(ROWS * STEPS)],
+    )
+
+
+def losses_of(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def trainer(folder, stage=None):
+    """Train without a break; and from the middle, with a model whose prior is not fitted."""
+    unbroken = trainer_of(folder / "unbroken", stage)
+    unbroken.train()
+    if stage is None:
+        assert isinstance(unbroken.model_wrapped, DistributedDataParallel)
+    else:
+        assert unbroken.model_wrapped.zero_optimization_stage() == stage
+    if stage == 3:
+        check_sharded(unbroken.model)
+    unbroken.save_model(folder / "saved")
+    resumed = trainer_of(folder / "resumed", stage, fit=False)
+    resumed.train(resume_from_checkpoint=str(folder / "unbroken" / "checkpoint-2"))
+    keep({"losses": losses_of(unbroken), "resumed": losses_of(resumed)}, folder, "trainer")
+
+
+def killed(folder, stage=None):
+    """The main process is killed while it writes its second checkpoint."""
+    write, written = peft.peft_model.safe_save_file, []
+
+    def cut_short(tensors, path, **kwargs):
+        write(tensors, path, **kwargs)
+        written.append(path)
+        if len(written) == 2:
+            os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    peft.peft_model.safe_save_file = cut_short
+    trainer_of(folder, stage).train()
+
+
+def resume(folder, checkpoint, stage=None):
+    """Go on from a checkpoint, and say how that went."""
+    resumed = trainer_of(folder, stage, fit=False)
+    try:
+        resumed.train(resume_from_checkpoint=checkpoint)
+        keep({"resumed": losses_of(resumed)}, folder, "resume")
+    except ValueError as error:
+        keep({"error": str(error)}, folder, "resume")
