@@ -256,10 +256,10 @@ def _states(model, optimizer):
 # ZeRO
 
 
-def zero_settings(stage, gradient_clipping=0.0):
+def zero_settings(stage):
     return {
         "train_micro_batch_size_per_gpu": ROWS // PROCESSES,
-        "gradient_clipping": gradient_clipping,  # 1.0 by default, as the Trainer's
+        "gradient_clipping": 0.0,  # by default it is 1
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
@@ -278,6 +278,7 @@ def check_sharded(model):
 
 def zero(folder, stage):
     """With DeepSpeed's own engine."""
+    deepspeed = import_deepspeed()
     deepspeed.init_distributed("gloo")
     results = {}
     for variant, checkpointing in CHECKPOINTED.items():
@@ -307,6 +308,7 @@ def zero(folder, stage):
 def fit_sharded(folder, how):
     """Each process has another number of batches."""
     if how == "zero3":
+        deepspeed = import_deepspeed()
         deepspeed.init_distributed("gloo")
     else:
         dist.init_process_group("gloo")
@@ -333,12 +335,10 @@ class InOrder(Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-def trainer_of(folder, stage=None, fit=True):
+def trainer_of(folder, fit=True):
     """Trains STEPS steps and saves after the second and the fourth."""
     AcceleratorState._reset_state(True)
-    # as launchers set them; with use_cpu DeepSpeed would be left out without a word
-    os.environ["ACCELERATE_USE_CPU"] = str(stage is None).lower()
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = str(stage is not None).lower()
+    os.environ["ACCELERATE_USE_CPU"] = "true"
     data = answered(ROWS * STEPS, seed=5)
     return InOrder(
         model=build("learned map", torch.float32, fit=fit),
@@ -349,12 +349,10 @@ def trainer_of(folder, stage=None, fit=True):
             learning_rate=1e-2,
             logging_steps=1,
             save_steps=2,
-            use_cpu=stage is None,
+            use_cpu=True,  # with which accelerate leaves DeepSpeed out, without a word; so it is not tried here
             report_to=[],
             disable_tqdm=True,
-            gradient_checkpointing=stage == 3,
             ddp_find_unused_parameters=False,  # the default, True for a PeftModel, would let them pass
-            deepspeed=zero_settings(stage, gradient_clipping=1.0) if stage else None,
         ),
         train_dataset=[{key: value[row] for key, value in data.items()} for row in range(ROWS * STEPS)],
     )
@@ -364,23 +362,18 @@ def losses_of(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def trainer(folder, stage=None):
+def trainer(folder):
     """Train without a break; and from the middle, with a model whose prior is not fitted."""
-    unbroken = trainer_of(folder / "unbroken", stage)
+    unbroken = trainer_of(folder / "unbroken")
     unbroken.train()
-    if stage is None:
-        assert isinstance(unbroken.model_wrapped, DistributedDataParallel)
-    else:
-        assert unbroken.model_wrapped.zero_optimization_stage() == stage
-    if stage == 3:
-        check_sharded(unbroken.model)
+    assert isinstance(unbroken.model_wrapped, DistributedDataParallel)
     unbroken.save_model(folder / "saved")
-    resumed = trainer_of(folder / "resumed", stage, fit=False)
+    resumed = trainer_of(folder / "resumed", fit=False)
     resumed.train(resume_from_checkpoint=str(folder / "unbroken" / "checkpoint-2"))
     keep({"losses": losses_of(unbroken), "resumed": losses_of(resumed)}, folder, "trainer")
 
 
-def killed(folder, stage=None):
+def killed(folder):
     """The main process is killed while it writes its second checkpoint."""
     write, written = peft.peft_model.safe_save_file, []
 
@@ -392,12 +385,12 @@ def killed(folder, stage=None):
             os.kill(os.getpid(), signal.SIGKILL)
 
     peft.peft_model.safe_save_file = cut_short
-    trainer_of(folder, stage).train()
+    trainer_of(folder).train()
 
 
-def resume(folder, checkpoint, stage=None):
+def resume(folder, checkpoint):
     """Go on from a checkpoint, and say how that went."""
-    resumed = trainer_of(folder, stage, fit=False)
+    resumed = trainer_of(folder, fit=False)
     try:
         resumed.train(resume_from_checkpoint=checkpoint)
         keep({"resumed": losses_of(resumed)}, folder, "resume")

@@ -25,7 +25,6 @@ needs_deepspeed = pytest.mark.skipif(
 )
 ZERO2, ZERO3 = (pytest.param(name, marks=needs_deepspeed) for name in ("zero2", "zero3"))
 LAUNCHES = {"ddp": ("ddp",), "fsdp2": ("fsdp2",), "zero2": ("zero", 2), "zero3": ("zero", 3)}
-STAGES = [None]  # of ZeRO: on a CPU accelerate takes each of DeepSpeed's processes for the only one
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:for base_model.*which is a no-op:UserWarning"),  # PEFT, of weights on the disk
@@ -148,9 +147,8 @@ def test_prior_of_a_sharded_model(tmp_path, how):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_trainer_equals_one_process_and_resumes(tmp_path, tmp_path_factory, stage):
-    launch(tmp_path, "trainer", stage)
+def test_trainer_equals_one_process_and_resumes(tmp_path, tmp_path_factory):
+    launch(tmp_path, "trainer")
     found = torch.load(tmp_path / "trainer.pt")
     expected = single_trainer(tmp_path_factory.getbasetemp() / "single")
     assert found["losses"] == pytest.approx(expected, abs=1e-4)
@@ -166,17 +164,15 @@ def _complete(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_killed_while_it_saves(tmp_path, tmp_path_factory, stage):
-    launch(tmp_path, "killed", stage, dies=True)
+def test_killed_while_it_saves(tmp_path, tmp_path_factory):
+    launch(tmp_path, "killed", dies=True)
     damaged, complete = Path(get_last_checkpoint(tmp_path)), _complete(tmp_path)
     assert (damaged.name, complete.name) == ("checkpoint-4", "checkpoint-2")
-    launch(tmp_path / "a", "resume", str(complete), stage)
+    launch(tmp_path / "a", "resume", str(complete))
     expected = single_trainer(tmp_path_factory.getbasetemp() / "single")
     assert torch.load(tmp_path / "a" / "resume.pt")["resumed"] == pytest.approx(expected, abs=1e-4)
-    if stage is None:  # DeepSpeed looks for files of its own, and says that they are not there
-        launch(tmp_path / "b", "resume", str(damaged))
-        assert f"{damaged}/adapter_model.safetensors is damaged" in torch.load(tmp_path / "b" / "resume.pt")["error"]
+    launch(tmp_path / "b", "resume", str(damaged))
+    assert f"{damaged}/adapter_model.safetensors is damaged" in torch.load(tmp_path / "b" / "resume.pt")["error"]
 
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "accelerate"
