@@ -546,3 +546,11 @@ def test_prompts_that_differ_late_are_found_distinct():
     ids = torch.cat([prompts(1).repeat(450, 1), prompts(12)])
     report = initialize_trex_prior(model, [{"input_ids": ids}], progress=False)
     assert len(report.cluster_sizes) == 4
+
+
+def test_centroids_that_arrive_in_place_are_noticed():
+    """As DDP brings those of its first process to the others, which may have looked before."""
+    prior = SemanticPrior(3, 4)
+    assert not prior.fitted
+    prior.centroids.copy_(torch.eye(3, 4))
+    assert prior.fitted
