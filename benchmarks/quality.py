@@ -167,14 +167,14 @@ class Queue:
         self.experiment = experiment
         self.corpus = corpus
         self.path = results / f"{experiment.name}.jsonl"
+        self._digests = [corpora.digest(rows) for rows in (corpus.train, corpus.validation, corpus.test)]
 
     def fingerprint(self, method: str) -> str:
         settings = {
             name: getattr(self.experiment, name)
             for name in ("base", "precision", "rows_per_step", "warmup", "prior_rows")
         }
-        digests = [corpora.digest(rows) for rows in (self.corpus.train, self.corpus.validation, self.corpus.test)]
-        words = json.dumps([settings, digests, method], sort_keys=True)
+        words = json.dumps([settings, self._digests, method], sort_keys=True)
         return hashlib.sha256(words.encode()).hexdigest()[:8]
 
     def runs(self, chosen: Mapping[str, float], only: set[str] | None = None) -> Iterator[Run]:

@@ -89,15 +89,12 @@ class Texts:
             del inputs["completion_mask"]
         return model(**inputs, logits_to_keep=longest + 1, use_cache=False).logits, longest
 
-    def loss(self, model: Any, batch: Mapping[str, Tensor], count: Any = None) -> Tensor:
-        """Cross-entropy in nats: the mean over the completions' tokens, or their sum divided by `count`."""
+    def loss(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """Cross-entropy in nats, the mean over the completions' tokens."""
         logits, longest = self.logits(model, batch)
         start = batch["input_ids"].shape[1] - longest
         targets = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)[:, start:]
-        flat, wanted = logits[:, :-1].flatten(0, 1).float(), targets.flatten()
-        if count is None:
-            return F.cross_entropy(flat, wanted)
-        return F.cross_entropy(flat, wanted, reduction="sum") / count
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten())
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def spread(tmp_path_factory):
     def run(how):
         folder = tmp_path_factory.mktemp(how)
         launch(folder, *LAUNCHES[how])
-        return torch.load(folder / f"{how}.pt"), folder
+        return torch.load(folder / f"{how}.pt", weights_only=True), folder
 
     return run
 
@@ -137,7 +137,7 @@ def test_fsdp2_goes_on_from_a_checkpoint(spread, variant):
 @pytest.mark.parametrize("how", ["fsdp2", ZERO3])
 def test_prior_of_a_sharded_model(tmp_path, how):
     launch(tmp_path, "fit_sharded", how)
-    found = torch.load(tmp_path / "fit_sharded.pt")
+    found = torch.load(tmp_path / "fit_sharded.pt", weights_only=True)
     model = worker.build("learned map", worker.DTYPES[how], fit=False)
     initialize_trex_prior(model, [*batches(32)[:1], *batches(32)[:3]], progress=False)
     expected = dict(model.base_model.prior_of("default").named_buffers())
@@ -149,7 +149,7 @@ def test_prior_of_a_sharded_model(tmp_path, how):
 @pytest.mark.slow
 def test_trainer_equals_one_process_and_resumes(tmp_path, tmp_path_factory):
     launch(tmp_path, "trainer")
-    found = torch.load(tmp_path / "trainer.pt")
+    found = torch.load(tmp_path / "trainer.pt", weights_only=True)
     expected = single_trainer(tmp_path_factory.getbasetemp() / "single")
     assert found["losses"] == pytest.approx(expected, abs=1e-4)
     assert found["resumed"] == pytest.approx(found["losses"], abs=1e-4)
@@ -170,9 +170,12 @@ def test_killed_while_it_saves(tmp_path, tmp_path_factory):
     assert (damaged.name, complete.name) == ("checkpoint-4", "checkpoint-2")
     launch(tmp_path / "a", "resume", str(complete))
     expected = single_trainer(tmp_path_factory.getbasetemp() / "single")
-    assert torch.load(tmp_path / "a" / "resume.pt")["resumed"] == pytest.approx(expected, abs=1e-4)
+    assert torch.load(tmp_path / "a" / "resume.pt", weights_only=True)["resumed"] == pytest.approx(expected, abs=1e-4)
     launch(tmp_path / "b", "resume", str(damaged))
-    assert f"{damaged}/adapter_model.safetensors is damaged" in torch.load(tmp_path / "b" / "resume.pt")["error"]
+    assert (
+        f"{damaged}/adapter_model.safetensors is damaged"
+        in torch.load(tmp_path / "b" / "resume.pt", weights_only=True)["error"]
+    )
 
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "accelerate"
