@@ -24,13 +24,16 @@ def diagnose(model: Any, texts: Texts, rows: Sequence[Row], most: int = 128, bat
             None without a router.
         token_share: of each layer, the token router's share of the experts' weights (of their absolute values).
         task_share: of each layer, the share of the variance of a prompt's mean expert weights that lies between tasks.
+        core_rank: of each layer, how many directions the experts' weights mix, mean over tokens: the effective rank
+            tr(GG')^2 / tr(GG'GG') of a token's weights G (r_a, r_b). 1 where all experts weigh alike, since their sum
+            then has rank one; at most min(r_a, r_b). None in the paired layout.
         prior_spread: standard deviation of a prompt's cluster scores, mean over the prompts.
         purity, nmi: of the prompts' clusters against their tasks. None without a prior.
     """
     model.eval()
     rows = list(rows)[:most]
     layers = [module for module in model.modules() if isinstance(module, TRexLayer)]
-    seen: dict[TRexLayer, list[tuple[Tensor, Tensor, Tensor]]] = {layer: [] for layer in layers}
+    seen: dict[TRexLayer, list[tuple[Tensor, ...]]] = {layer: [] for layer in layers}
     scores: list[Tensor] = []
     attended = torch.empty(0)
 
@@ -62,9 +65,11 @@ def diagnose(model: Any, texts: Texts, rows: Sequence[Row], most: int = 128, bat
     }
     by_layer = [[torch.cat(values) for values in zip(*seen[layer], strict=True)] for layer in layers]
     routed = "default" in layers[0].trex_router
-    found["token_entropy"] = [_round(entropy.mean()) for entropy, _, _ in by_layer] if routed else None
-    found["token_share"] = [_round(share.mean()) for _, share, _ in by_layer]
-    found["task_share"] = [_round(_between(weights, tasks)) for _, _, weights in by_layer]
+    found["token_entropy"] = [_round(entropy.mean()) for entropy, *_ in by_layer] if routed else None
+    found["token_share"] = [_round(share.mean()) for _, share, *_ in by_layer]
+    found["task_share"] = [_round(_between(weights, tasks)) for *_, weights in by_layer]
+    grid = layers[0].trex_settings["default"]["layout"] == "grid"
+    found["core_rank"] = [_round(rank.mean()) for _, _, rank, _ in by_layer] if grid else None
     if not scores:
         return {**found, "prior_spread": None, "purity": None, "nmi": None}
     all_scores = torch.cat(scores)
@@ -77,8 +82,11 @@ def diagnose(model: Any, texts: Texts, rows: Sequence[Row], most: int = 128, bat
     }
 
 
-def _look(layer: TRexLayer, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each prompt, means over its tokens: relative entropy (B,), the router's share (B,), expert weights (B, E)."""
+def _look(layer: TRexLayer, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each prompt, means over its tokens.
+
+    They are the router's relative entropy (B,), its share (B,), the core's rank (B,) and the expert weights (B, E).
+    """
     count = attended.sum(1).clamp(min=1)
 
     def mean(values: Tensor) -> Tensor:
@@ -89,8 +97,13 @@ def _look(layer: TRexLayer, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor
     settings = layer.trex_settings["default"]
     router, down, prior = layer._routing("default", x)
     omega = torch.sigmoid(settings["temperature"] * layer.trex_omega["default"].float())
+    rank = torch.ones_like(attended)
+    if settings["layout"] == "grid":
+        core = weights.unflatten(-1, (layer.trex_A["default"].shape[0], -1))
+        gram = core @ core.mT
+        rank = gram.diagonal(dim1=-2, dim2=-1).sum(-1).square() / gram.square().sum((-2, -1)).clamp(min=1e-30)
     if router is None:
-        return torch.zeros(len(x)), torch.zeros(len(x)), mean(weights)
+        return torch.zeros(len(x)), torch.zeros(len(x)), mean(rank), mean(weights)
     with torch.autocast(x.device.type, enabled=False):
         logits = x.float() @ (router if down is None else router @ down).float().T
     p = logits.softmax(-1)
@@ -100,7 +113,7 @@ def _look(layer: TRexLayer, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor
     if prior is not None:
         known = ((1 - omega) * settings["prior_scale"] * prior.float()).abs().sum(-1)
         by_prior = by_prior + (known[:, None] if known.dim() == 1 else known)
-    return mean(entropy), mean(by_token / (by_token + by_prior)), mean(weights)
+    return mean(entropy), mean(by_token / (by_token + by_prior)), mean(rank), mean(weights)
 
 
 def _between(values: Tensor, tasks: list[str]) -> Tensor:

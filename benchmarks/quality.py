@@ -30,15 +30,13 @@ import torch
 import yaml
 from diagnosis import diagnose
 from measure import Job, environment, peak_memory, resident_memory
-from methods import METHODS, Method, apply
+from methods import METHODS, Method, apply, constant_embeddings, fit_prior
 from reporting import read
 from scoring import Texts, score, summarise
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from variants import PRECISIONS
-
-from peft_trex import initialize_trex_prior
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples"))
@@ -277,7 +275,8 @@ class Bench:
 
     def texts(self, method: Method, model: Any) -> Texts:
         is_trex = getattr(getattr(model, "active_peft_config", None), "peft_type", None) == "TREX"
-        return Texts(self.tokenizer, self._embed if method.encoder else None, masked=is_trex)
+        embed = {"base": None, "sentences": self._embed, "constant": constant_embeddings}[method.prior]
+        return Texts(self.tokenizer, embed, masked=is_trex)
 
     def _embed(self, prompts: list[str]) -> torch.Tensor:
         if self._encoder is None:
@@ -297,7 +296,7 @@ class Bench:
         row: dict[str, Any] = {"settings": settings, "trainable": sum(p.numel() for p in _trainable(model))}
         if texts.masked and model.active_peft_config.use_prior:
             loader = DataLoader(train[: self.experiment.prior_rows], batch_size=64, collate_fn=texts.collate)
-            initialize_trex_prior(model, loader, seed=run.seed)
+            fit_prior(method, model, loader, run.seed)
         row |= self._train(run, method, texts, model, train, folder) if run.steps else _untrained()
         rows = self.corpus.test if run.phase == "final" else self.corpus.validation
         start = time.perf_counter()

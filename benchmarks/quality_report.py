@@ -288,7 +288,7 @@ def _tuning(part: Part) -> str:
     return head + table(["", *(f"{rate:g}" for rate in rates)], lines) + warning * bool(edges)
 
 
-BY_LAYER = ("omega", "gate", "token_entropy", "token_share", "task_share")
+BY_LAYER = ("omega", "gate", "token_entropy", "token_share", "task_share", "core_rank")
 BY_MODEL = ("prior_spread", "purity", "nmi")
 
 

@@ -27,7 +27,7 @@ import corpora  # noqa: E402
 import quality  # noqa: E402
 import scoring  # noqa: E402
 from diagnosis import diagnose  # noqa: E402
-from methods import METHODS, apply  # noqa: E402
+from methods import METHODS, apply, constant_embeddings, fit_prior  # noqa: E402
 from reporting import read  # noqa: E402
 from scoring import Answers, Scored, Texts, score, summarise  # noqa: E402
 from variants import BASE  # noqa: E402
@@ -394,12 +394,13 @@ def test_every_method_trains(name, texts):
     assert bool(trainable) == method.trained
     if not trainable:
         return
-    embed = (lambda prompts: torch.randn(len(prompts), 384)) if method.encoder else None
+    sentences = lambda prompts: torch.randn(len(prompts), 384)  # noqa: E731
+    embed = {"base": None, "sentences": sentences, "constant": constant_embeddings}[method.prior]
     is_trex = name.startswith("T-REX")
     own = Texts(texts.tokenizer, embed, masked=is_trex)
     examples = [own.example(_row("ab", prompt=f"prompt {number}")) for number in range(40)]
     if is_trex and model.active_peft_config.use_prior:
-        initialize_trex_prior(model, [own.collate(examples)], progress=False)
+        fit_prior(method, model, [own.collate(examples)], 1)
     before = [parameter.detach().clone() for parameter in trainable]
     optimizer = torch.optim.SGD(trainable, lr=0.1)
     for _ in range(2):
@@ -410,6 +411,23 @@ def test_every_method_trains(name, texts):
         found = diagnose(model, own, [_row("ab", prompt=f"prompt {number}") for number in range(8)])
         assert len(found["omega"]) == len(found["gate"]) == len(found["task_share"]) == 14
         assert (found["purity"] is None) == (not model.active_peft_config.use_prior)
+        ranks = found["core_rank"]
+        if model.active_peft_config.expert_layout == "paired":
+            assert ranks is None
+        elif model.active_peft_config.use_prior:
+            assert max(ranks) > 1.01 and min(ranks) >= 1  # where omega has not shut the prior out
+        else:  # the router has hardly begun to tell experts apart
+            assert ranks == pytest.approx([1] * 14, abs=0.2)
+
+
+def test_a_constant_prior_says_the_same_of_every_prompt(texts):
+    method = METHODS["T-REX constant prior"]
+    model, _ = apply(method, make_llama(num_hidden_layers=2), 1)
+    fit_prior(method, model, [], 1)
+    prior = model.base_model.trex_prior["default"]
+    scores = prior.score(constant_embeddings(["a", "b"]))
+    assert torch.equal(scores[0], scores[1]) and torch.allclose(scores[0], prior.mean_scores)
+    assert 0.2 < scores[0].std() < 0.5
 
 
 def test_the_same_seed_starts_the_same_adapter():
