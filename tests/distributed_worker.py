@@ -46,12 +46,14 @@ VARIANTS = {
     "reference": {"mixture_implementation": "reference"},
 }
 CHECKPOINTED = {"identity map": False, "learned map": True, "reduced router": False, "reference": True}
+FROZEN_LEFT_OUT = {"identity map": False, "learned map": True}  # of ZeRO's checkpoints, as the Trainer does
 # ZeRO has no float64, in which rounding hides nothing
 DTYPES = {"ddp": torch.float64, "fsdp2": torch.float64, "zero2": torch.float32, "zero3": torch.float32}
 
 
 def import_deepspeed():
-    sys.path.append(str(DEEPSPEED))
+    if str(DEEPSPEED) not in sys.path:
+        sys.path.append(str(DEEPSPEED))
     import deepspeed
 
     # its all-reduce through shared memory would be compiled first, and a build that is killed leaves a lock for ever
@@ -105,6 +107,12 @@ def build(variant, dtype, checkpointing=False, fit=True, reentrant=False):
     return model
 
 
+def check_same_prior(model, other):
+    """Bit for bit, and what training does not look at (the mean scores) too."""
+    found, expected = (dict(each.base_model.prior_of("default").named_buffers()) for each in (model, other))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def trained(model):
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -131,12 +139,17 @@ def mean_over_processes(loss):
 
 
 def train(model, optimizer, first=0, last=STEPS):
+    """The steps' losses; DeepSpeed's engine holds its optimizer itself, and None stands for it."""
     losses = []
     for step in range(first, last):
         loss = model(**batch_of(step)).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        if optimizer is None:
+            model.backward(loss)
+            model.step()
+        else:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
         losses.append(mean_over_processes(loss))
     return losses
 
@@ -213,10 +226,19 @@ def shard(model, embedding="root"):
     elif embedding == "with the head":
         fully_shard([base.model.norm, base.model.embed_tokens, base.lm_head], mesh=mesh)
     fully_shard(model, mesh=mesh)
-    for parameter in model.parameters():
-        assert isinstance(parameter, DTensor)
-        assert parameter.to_local().shape[0] <= -(-parameter.shape[0] // PROCESSES)
+    check_sharded(model)
     return model
+
+
+def check_sharded(model):
+    """That this process holds no more than its part of each parameter, by FSDP2 or by ZeRO-3."""
+    for parameter in model.parameters():
+        if hasattr(parameter, "ds_id"):
+            assert parameter.ds_tensor.numel() <= -(-parameter.ds_numel // PROCESSES)
+            assert parameter.numel() == 0
+        else:
+            assert isinstance(parameter, DTensor)
+            assert parameter.to_local().shape[0] <= -(-parameter.shape[0] // PROCESSES)
 
 
 def fsdp2(folder):
@@ -238,10 +260,8 @@ def fsdp2(folder):
             model.save_pretrained(folder / variant, state_dict=state)
         again = shard(build(variant, DTYPES["fsdp2"], checkpointing, fit=False))
         optimizer = optimizer_of(again)
-        states = _states(again, optimizer)
-        dcp.load(states, checkpoint_id=folder / f"{variant}, middle")
-        set_model_state_dict(again, states["model"], options=ADAPTER)
-        set_optimizer_state_dict(again, optimizer, states["optimizer"])
+        _load(again, optimizer, folder / f"{variant}, middle")
+        check_same_prior(again, model)
         results[variant]["resumed"] = train(again, optimizer, first=SAVED_AFTER)
     keep(results, folder, "fsdp2")
 
@@ -251,6 +271,13 @@ def _states(model, optimizer):
         "model": get_model_state_dict(model, options=ADAPTER),
         "optimizer": get_optimizer_state_dict(model, optimizer),
     }
+
+
+def _load(model, optimizer, checkpoint):
+    states = _states(model, optimizer)
+    dcp.load(states, checkpoint_id=checkpoint)
+    set_model_state_dict(model, states["model"], options=ADAPTER)
+    set_optimizer_state_dict(model, optimizer, states["optimizer"])
 
 
 # ZeRO
@@ -270,27 +297,24 @@ def zero_settings(stage):
     }
 
 
-def check_sharded(model):
-    for parameter in model.parameters():
-        assert parameter.ds_tensor.numel() <= -(-parameter.ds_numel // PROCESSES)
-        assert parameter.numel() == 0
+def engine_of(model, stage):
+    engine, *_ = import_deepspeed().initialize(model=model, optimizer=optimizer_of(model), config=zero_settings(stage))
+    return engine
 
 
 def zero(folder, stage):
-    """With DeepSpeed's own engine."""
-    deepspeed = import_deepspeed()
-    deepspeed.init_distributed("gloo")
+    """With DeepSpeed's own engine, and its own checkpoints."""
+    import_deepspeed().init_distributed("gloo")
     results = {}
     for variant, checkpointing in CHECKPOINTED.items():
         model = build(variant, DTYPES[f"zero{stage}"], checkpointing, reentrant=True)
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=zero_settings(stage))
-        losses = []
+        engine = engine_of(model, stage)
         with Counted() as fast:
-            for step in range(STEPS):
-                loss = engine(**batch_of(step)).loss
-                engine.backward(loss)
-                engine.step()
-                losses.append(mean_over_processes(loss))
+            losses = train(engine, None, last=SAVED_AFTER)
+            if variant in FROZEN_LEFT_OUT:
+                middle, left_out = str(folder / f"{variant}, middle"), FROZEN_LEFT_OUT[variant]
+                engine.save_checkpoint(middle, exclude_frozen_parameters=left_out)
+            losses += train(engine, None, first=SAVED_AFTER)
         if stage == 3:
             check_sharded(model)
         state = engine._zero3_consolidated_16bit_state_dict() if stage == 3 else model.state_dict()
@@ -299,30 +323,148 @@ def zero(folder, stage):
             results[variant] = {"losses": losses, "parameters": parameters, "fast": fast.calls}
             model.save_pretrained(folder / variant, state_dict=state)
         engine.destroy()
+        if variant in FROZEN_LEFT_OUT:
+            again = engine_of(build(variant, DTYPES[f"zero{stage}"], checkpointing, fit=False, reentrant=True), stage)
+            again.load_checkpoint(middle, load_module_strict=not left_out)
+            check_same_prior(again.module, model)
+            resumed = train(again, None, first=SAVED_AFTER)
+            again.destroy()
+            if dist.get_rank() == 0:
+                results[variant]["resumed"] = resumed
     keep(results, folder, f"zero{stage}")
+
+
+# sharded, and killed
+
+
+def meet(how):
+    if how == "fsdp2":
+        dist.init_process_group("gloo")
+    else:
+        import_deepspeed().init_distributed("gloo")
+
+
+def start(how, fit=True):
+    """A sharded model and its optimizer, which in ZeRO is the engine's: what `train` takes."""
+    model = build("learned map", DTYPES[how], fit=fit)
+    if how != "fsdp2":
+        return engine_of(model, int(how[-1])), None
+    model = shard(model, embedding="apart")
+    return model, optimizer_of(model)
+
+
+def kill_halfway(path):
+    os.truncate(path, os.path.getsize(path) // 2)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_after(write, times):
+    """`write(what, path)`, but in the last of so many calls half a file is written, and the process killed."""
+    written = []
+
+    def cut_short(what, path, **kwargs):
+        write(what, path, **kwargs)
+        written.append(path)
+        if len(written) == times:
+            kill_halfway(path)
+
+    return cut_short
+
+
+class CutShort(dcp.FileSystemWriter):
+    """The main process is killed before it writes what it writes last, the metadata."""
+
+    def finish(self, metadata, results):
+        kill_halfway(self.path / "__0_0.distcp")
+
+
+def killed_sharded(folder, how):
+    """The main process is killed while it writes the second checkpoint, after the second step."""
+    meet(how)
+    runs, optimizer = start(how)
+    train(runs, optimizer, last=1)
+    if how == "fsdp2":
+        dcp.save(_states(runs, optimizer), checkpoint_id=folder / "global_step1")
+        train(runs, optimizer, first=1, last=2)
+        dcp.save(_states(runs, optimizer), storage_writer=CutShort(folder / "global_step2"))
+    else:
+        runs.save_checkpoint(str(folder))
+        train(runs, optimizer, first=1, last=2)
+        if dist.get_rank() == 0:  # in the model's file, or in the optimizer's, the second
+            torch.save = killed_after(torch.save, {"zero2": 1, "zero3": 2}[how])
+        runs.save_checkpoint(str(folder))
+
+
+def go_on_sharded(folder, how, checkpoints):
+    """From the last complete checkpoint, with a prior that is not fitted; and what the damaged one says then."""
+    meet(how)
+    runs, optimizer = start(how, fit=False)
+    if how == "fsdp2":
+        _load(runs, optimizer, Path(checkpoints) / "global_step1")
+    else:  # the last that is complete, by itself
+        assert runs.load_checkpoint(checkpoints)[0]
+    results = {"resumed": train(runs, optimizer, first=1)}
+    runs, optimizer = start(how, fit=False)
+    try:
+        if how == "fsdp2":
+            _load(runs, optimizer, Path(checkpoints) / "global_step2")
+        else:
+            runs.load_checkpoint(checkpoints, tag="global_step2")
+    except BaseException as error:  # as torch's CheckpointException is one
+        results["error"] = f"{type(error).__name__}: {error}"
+    keep(results, folder, "go_on")
 
 
 # the prior of a model that is sharded already
 
 
+FAILURES = {  # of the second process, and what the first then says
+    "reads": "RuntimeError: Rank 1 failed, so no rank went on. There: OSError: gone",
+    "waits": "RuntimeError: Another rank left",  # for what the first has clustered
+    "has it": "RuntimeError: Another rank left",
+}
+
+
+def fit_and_fail(model, data, when):
+    """What is raised where the second process fails."""
+
+    def cut_off():
+        yield from data
+        raise OSError("gone")
+
+    def receive(*args):
+        if when == "has it":
+            broadcast(*args)
+        raise KeyboardInterrupt
+
+    broadcast = dist.broadcast_object_list
+    if dist.get_rank() == 1 and when != "reads":
+        dist.broadcast_object_list = receive
+    try:
+        initialize_trex_prior(model, cut_off() if dist.get_rank() == 1 and when == "reads" else data, progress=False)
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        dist.broadcast_object_list = broadcast
+
+
 def fit_sharded(folder, how):
-    """Each process has another number of batches."""
-    if how == "zero3":
-        deepspeed = import_deepspeed()
-        deepspeed.init_distributed("gloo")
-    else:
-        dist.init_process_group("gloo")
-    model = build("learned map", DTYPES[how], fit=False)
-    if how == "zero3":
-        runs, *_ = deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=zero_settings(3))
-    else:
-        runs = shard(model, embedding="apart")
-    initialize_trex_prior(model, batches(32)[: 1 + 2 * dist.get_rank()], progress=False)
-    if how == "zero3":
-        check_sharded(model)
-    loss = runs(**batch_of(0)).loss
-    prior = {name: tensor.clone() for name, tensor in model.base_model.prior_of("default").named_buffers()}
-    keep({"prior": prior, "loss": mean_over_processes(loss)}, folder, "fit_sharded")
+    """Each process has another number of batches; first of all one of them fails."""
+    meet(how)
+    runs, _ = start(how, fit=False)
+    model = runs if how == "fsdp2" else runs.module
+    prior = model.base_model.prior_of("default")
+    data = batches(32)[: 1 + 2 * dist.get_rank()]
+    results = {"errors": [fit_and_fail(model, data, when) for when in FAILURES]}
+    results["touched"] = prior.fitted or any(tensor.any().item() for tensor in prior.buffers())
+    check_sharded(model)
+    initialize_trex_prior(model, data, progress=False)
+    check_sharded(model)
+    results["prior"] = {name: tensor.clone() for name, tensor in prior.named_buffers()}
+    results["loss"] = mean_over_processes(runs(**batch_of(0)).loss)
+    everywhere = [None] * PROCESSES
+    dist.all_gather_object(everywhere, results)
+    keep(everywhere, folder, "fit_sharded")
 
 
 # transformers' Trainer
@@ -375,16 +517,7 @@ def trainer(folder):
 
 def killed(folder):
     """The main process is killed while it writes its second checkpoint."""
-    write, written = peft.peft_model.safe_save_file, []
-
-    def cut_short(tensors, path, **kwargs):
-        write(tensors, path, **kwargs)
-        written.append(path)
-        if len(written) == 2:
-            os.truncate(path, os.path.getsize(path) // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    peft.peft_model.safe_save_file = cut_short
+    peft.peft_model.safe_save_file = killed_after(peft.peft_model.safe_save_file, 2)
     trainer_of(folder).train()
 
 

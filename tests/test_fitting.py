@@ -485,7 +485,7 @@ def _run_rank(folder, *cases):
         except BaseException as error:
             found = {"error": type(error).__name__, "message": str(error)}
             if how == "interrupted":
-                time.sleep(0.5)  # with the error at hand, whose traceback must not keep the others waiting
+                time.sleep(2)  # with the error at hand, whose traceback must not keep the others waiting
                 found["late"] = Path(folder, "done-0").exists()
         if how == "interrupted" and rank == 0:
             Path(folder, "done-0").touch()

@@ -99,8 +99,9 @@ def initialize_trex_prior(
         tokenizer: for a dataloader whose batches are rows with a `prompt`, as those of TRL's GRPOTrainer.
         tolerance: stop when the centroids have settled: the prompts so far are clustered each time that their number
             has doubled, from 100 for each cluster on, until the mean of 1 - cos between the centroids and the former
-            ones, matched with each other, is below this (0.01, say). Only for shuffled data: what comes later is not
-            looked at. None reads all.
+            ones, matched with each other, is below this. Only for shuffled data: what comes later is not looked at.
+            k-means ends in another optimum for each sample, so that even 0.1 may never be reached where prompts form
+            no clear groups; `max_batches` is the surer way. None reads all.
 
     Returns:
         A report: prompts seen and clustered, cluster sizes, explained variance.
@@ -225,7 +226,7 @@ def _check_tolerance(tolerance: Any) -> None:
     if isinstance(tolerance, bool) or not isinstance(tolerance, Real) or not 0 < float(tolerance) < math.inf:
         raise ValueError(
             f"tolerance={tolerance!r} must be a positive number, the mean of 1 - cos between old and new centroids at "
-            "which reading stops (0.01, say), or None to read all."
+            "which reading stops (0.1, say), or None to read all."
         )
 
 
