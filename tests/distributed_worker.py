@@ -44,8 +44,15 @@ VARIANTS = {
     "learned map": {},
     "reduced router": {"router_rank": 2},
     "reference": {"mixture_implementation": "reference"},
+    "router losses": {"router_top_k": 4, "router_z_loss_coef": 0.1},
 }
-CHECKPOINTED = {"identity map": False, "learned map": True, "reduced router": False, "reference": True}
+CHECKPOINTED = {
+    "identity map": False,
+    "learned map": True,
+    "reduced router": False,
+    "reference": True,
+    "router losses": False,
+}
 FROZEN_LEFT_OUT = {"identity map": False, "learned map": True}  # of ZeRO's checkpoints, as the Trainer does
 # ZeRO has no float64, in which rounding hides nothing
 DTYPES = {"ddp": torch.float64, "fsdp2": torch.float64, "zero2": torch.float32, "zero3": torch.float32}

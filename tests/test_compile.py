@@ -66,6 +66,7 @@ CASES = {
     "gpt2": {"kind": "gpt2"},
     "learned map": {"num_clusters": 5},
     "no prior, reduced router": {"use_prior": False, "fit": False, "router_rank": 2},
+    "strongest experts": {"router_top_k": 2},
     "no router, paired": {"use_router": False, "expert_layout": "paired", "r_a": 4, "r_b": 4},
     "unfitted": {"fit": False},
 }

@@ -109,6 +109,30 @@ def test_equals_the_formula(shape, layout, prior):
         assert_equal({"output": fused(tensors, layout=layout, **SCALES)}, {"output": expected["output"]})
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 6])
+@pytest.mark.parametrize("rank", [None, 4])
+@pytest.mark.parametrize("shape", [(3, 5), (1, 1), (2, 1), (2, 83)], ids=str)
+@pytest.mark.parametrize("prior", ["none", "row", "token"])
+def test_the_strongest_experts(shape, prior, rank, top_k):
+    tensors = draw(shape, prior=prior, router_rank=rank)
+    expected = run(reference, tensors, top_k=top_k, **SCALES)
+    assert_equal(run(fused, tensors, top_k=top_k, **SCALES), expected)
+    with torch.no_grad():
+        assert_equal({"output": fused(tensors, top_k=top_k, **SCALES)}, {"output": expected["output"]})
+
+
+def test_the_strongest_of_equal_experts():
+    """As at the start, where all logits are zero: one choice in every path."""
+    tensors = draw((2, 3), prior="none")
+    tensors["router"] = torch.zeros_like(tensors["router"]).requires_grad_()
+    expected = run(reference, tensors, top_k=2, **SCALES)
+    assert_equal(run(fused, tensors, top_k=2, **SCALES), expected)
+    assert expected["router"][2:].abs().max() == 0 < expected["router"][:2].abs().max()
+    first = {name: tensor[:1, :1] if name in ("x", "result") else tensor for name, tensor in tensors.items()}
+    with torch.no_grad():
+        assert_equal({"output": fused(first, top_k=2, **SCALES)}, {"output": expected["output"][:1, :1]})
+
+
 @pytest.mark.parametrize("shape", [(3, 5), (1, 1), (2, 83)], ids=str)
 @pytest.mark.parametrize("prior", ["none", "row", "token"])
 def test_a_reduced_router(shape, prior):

@@ -258,8 +258,8 @@ def fast_path(tensors, outgoing, autocast, mix_settings):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("rank", [None, 6])
 @pytest.mark.parametrize("prior", ["none", "one row", "a row a prompt", "a row a token"])
-@pytest.mark.parametrize("size", ["4 x 8", "5 pairs"])
-def test_the_fast_path_with_them_is_the_one_without(call, size, prior, rank, autocast):
+@pytest.mark.parametrize(("size", "top_k"), [("4 x 8", None), ("5 pairs", None), ("4 x 8", 3)])
+def test_the_fast_path_with_them_is_the_one_without(call, size, top_k, prior, rank, autocast):
     layout, r_a, r_b = SIZES[size]
     experts = r_a * r_b if layout == "grid" else r_a
     generator = torch.Generator().manual_seed(0)
@@ -277,7 +277,7 @@ def test_the_fast_path_with_them_is_the_one_without(call, size, prior, rank, aut
     tensors |= {"router_down": normal(rank, 16)} if rank else {}
     tensors |= {} if prior == "none" else {"prior": normal(*rows[prior])}
     outgoing = normal(3, 7, 20)
-    mix_settings = MixSettings(r_a, layout=layout, **SCALES)
+    mix_settings = MixSettings(r_a, layout=layout, top_k=top_k, **SCALES)
     *found, calls = call(fast_path, tensors, outgoing, autocast, mix_settings)
     assert calls == ["mix", "mix_backward"]
     leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}

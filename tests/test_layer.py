@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
 from peft_trex import TRexConfig, TRexLayer, initialize_trex_prior, rank_one_mixture
+from peft_trex.mixture import num_experts
 from peft_trex.prompts import PromptWatch
 
 UNFITTED = "ignore:The semantic prior:UserWarning"
@@ -51,6 +52,7 @@ def _reference(layer, adapter_name, x, scores, config):
         prior_scale=config.prior_scale,
         temperature=config.gate_temperature,
         layout=config.expert_layout,
+        top_k=config.router_top_k,
     )
 
 
@@ -60,13 +62,16 @@ def _configs(draw):
     r_a = draw(st.integers(1, 4))
     use_router, use_prior = draw(st.sampled_from([(True, True), (True, False), (False, True)]))
     external = {"prior_encoder": "external", "prior_dim": draw(st.integers(2, 6))} if use_prior else {}
+    r_b = r_a if layout == "paired" else draw(st.integers(1, 4))
+    experts = num_experts(r_a, r_b, layout)
     return TRexConfig(
         r_a=r_a,
-        r_b=r_a if layout == "paired" else draw(st.integers(1, 4)),
+        r_b=r_b,
         expert_layout=layout,
         num_clusters=draw(st.integers(1, 9)),
         use_router=use_router,
         router_rank=draw(st.sampled_from([None, 1, 3])) if use_router else None,
+        router_top_k=draw(st.sampled_from([None, 1, experts])) if use_router else None,
         use_prior=use_prior,
         token_scale=draw(st.sampled_from([None, 0.5, 32.0])) if use_router else None,
         prior_scale=draw(st.sampled_from([0.25, 4.0])),

@@ -1,5 +1,6 @@
 """The pure functions against the recorded runs of the authors' layer, and against their own definition."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -7,7 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peft_trex.mixture import expert_weights, mean_core, mix_features, num_experts, rank_one_mixture
+from peft_trex.mixture import (
+    expert_weights,
+    keep_strongest,
+    mean_core,
+    mix_features,
+    num_experts,
+    rank_one_mixture,
+)
 
 DATA = Path(__file__).parent / "data"
 CASES = json.loads((DATA / "index.json").read_text())
@@ -122,6 +130,54 @@ def test_a_reduced_router_is_the_product_of_its_factors(layout):
         return rank_one_mixture(**{**case, "x": x, "router": up}, router_down=down, **settings)
 
     assert torch.autograd.gradcheck(mixture, [tensor.requires_grad_() for tensor in (case["x"], up, down)])
+
+
+@pytest.mark.parametrize("layout", ["grid", "paired"])
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_top_k_leaves_the_router_s_part_to_the_strongest(layout, top_k):
+    """By hand, token by token; and the gradients are those of this function, not of a straight-through estimate."""
+    case = _random_case(layout, *((2, 2) if layout == "grid" else (4, 4)))
+    settings = {"token_scale": 1.7, "prior_scale": 3.1, "temperature": 5.0}
+    weights = {key: value for key, value in case.items() if key not in ("A", "B", "gate_logit")}
+    found = expert_weights(**weights, top_k=top_k, **settings)
+    omega = torch.sigmoid(5.0 * case["omega_logit"])
+    for row, token in itertools.product(range(case["x"].shape[0]), range(case["x"].shape[1])):
+        logits = case["router"] @ case["x"][row, token]
+        chosen = sorted(range(4), key=lambda expert: -logits[expert])[:top_k]
+        known = (1 - omega) * 3.1 * case["prior"][row]
+        expected = known.clone()
+        for expert in chosen:
+            share = logits[expert].exp() / sum(logits[other].exp() for other in chosen)
+            expected[expert] += (omega * 1.7 * share).item()
+        torch.testing.assert_close(found[row, token], expected)
+    tensors = [tensor.requires_grad_() for tensor in case.values()]
+
+    def mixture(x, A, B, router, prior, omega_logit, gate_logit):
+        return rank_one_mixture(
+            x, A, B, router, prior, omega_logit, gate_logit, layout=layout, top_k=top_k, **settings
+        )
+
+    assert torch.autograd.gradcheck(mixture, tensors)
+
+
+def test_top_k_of_all_experts_is_the_whole_mixture():
+    case = _random_case("grid", 2, 3)
+    assert torch.equal(rank_one_mixture(**case, token_scale=6.0, top_k=6), rank_one_mixture(**case, token_scale=6.0))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_of_equal_logits_the_first_are_kept(dim):
+    logits = torch.tensor([[0.0, 2.0, 0.0, 2.0, 2.0, -1.0], [0.0] * 6])
+    gone = -torch.inf
+    expected = torch.tensor([[gone, 2.0, gone, 2.0, gone, gone], [0.0, 0.0, *[gone] * 4]])
+    found = keep_strongest(logits if dim else logits.T.contiguous(), 2, dim)
+    assert torch.equal(found if dim else found.T, expected)
+
+
+@pytest.mark.parametrize("top_k", [0, 7])
+def test_top_k_beyond_the_experts_is_refused(top_k):
+    with pytest.raises(ValueError, match=rf"top_k={top_k} .*number of experts, 6"):
+        rank_one_mixture(**_random_case("grid", 2, 3), token_scale=6.0, top_k=top_k)
 
 
 def test_token_prior_is_the_row_prior_repeated():

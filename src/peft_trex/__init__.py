@@ -5,32 +5,48 @@ know `TRexConfig` and the adapters saved with it.
 """
 
 from . import registration
+from .callbacks import TRexRoutingCallback
 from .config import TRexConfig
 from .embeddings import SemanticEmbedsCollator, embed_prompts
 from .export import save_trex_as_lora
 from .fitting import TRexPriorCallback, TRexPriorReport, initialize_trex_prior
+from .from_lora import TRexFromLoraReport, trex_from_lora
 from .layer import TRexLayer
 from .merging import TRexMergeReport, calibrate_trex_merge
 from .mixture import rank_one_mixture
 from .model import TRexModel
+from .pruning import PruningPoint, TRexPruneReport, prune_trex, pruning_curve
+from .routing import LayerRouting, RoutingReport, routing_report
 from .semantic_router import SemanticRouter
+from .steering import steer_trex
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LayerRouting",
+    "PruningPoint",
+    "RoutingReport",
     "SemanticEmbedsCollator",
     "SemanticRouter",
     "TRexConfig",
+    "TRexFromLoraReport",
     "TRexLayer",
     "TRexMergeReport",
     "TRexModel",
     "TRexPriorCallback",
     "TRexPriorReport",
+    "TRexPruneReport",
+    "TRexRoutingCallback",
     "calibrate_trex_merge",
     "embed_prompts",
     "initialize_trex_prior",
+    "prune_trex",
+    "pruning_curve",
     "rank_one_mixture",
+    "routing_report",
     "save_trex_as_lora",
+    "steer_trex",
+    "trex_from_lora",
 ]
 
 registration.register(TRexConfig, TRexModel)

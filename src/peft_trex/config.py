@@ -39,8 +39,25 @@ class TRexConfig(PeftConfig):
             Rank of a reduced router: R (E, D_in) is the product of two trained factors, (E, router_rank) and
             (router_rank, D_in), which makes most of the adapter smaller. None, the paper's, keeps R whole. It saves
             parameters when it is less than E * D_in / (E + D_in), a little less than E.
+        router_top_k (`int`, *optional*):
+            The token router chooses the `router_top_k` experts of the largest logits for each token, and its softmax
+            is over them alone; of equal logits the first are chosen. None, the paper's, mixes all experts. The prior
+            weighs all of them in either case. It saves no arithmetic.
+        balance_loss_coef (`float`):
+            Weight of a loss that is added to the model's in training, and is least when the token router gives all
+            experts the same (Switch Transformer's, mean over the layers; from 1 to E). Each forward is balanced by
+            itself. 0, the paper's, leaves it out. It costs a second product with R.
+        router_z_loss_coef (`float`):
+            Weight of another one, which keeps the router's logits small (ST-MoE's z-loss). 0, the paper's, leaves it
+            out.
         use_prior (`bool`):
             False is the ablation without the semantic prior.
+        expert_pattern (`dict`):
+            Layers that have only some of the `r_a` input and `r_b` output vectors, as [`prune_trex`] leaves them: by
+            the layer's full name in the base model, `{"inputs": [0, 2], "outputs": [0, 1, 5], "token_scale": 9.5}`.
+            The numbers, ascending, are those of a layer of full size. `token_scale` may be left out; it then is the
+            one below, None standing for the number of experts that the layer has. With the identity map its experts
+            keep the clusters that they have in full size.
         token_scale (`float`, *optional*):
             c_token of the paper. None stands for the number of experts (32 in the paper's setting).
         prior_scale (`float`):
@@ -61,6 +78,10 @@ class TRexConfig(PeftConfig):
         init_weights (`bool`):
             True starts as in the paper: A and the learned map Kaiming-uniform, B and the router zero, so that the
             adapter changes nothing at first. False makes B and the router Kaiming-uniform too (for tests).
+        trainable (`"all"` or `"router"`):
+            "router" trains what chooses experts (R, the prior's map, omega and the gate) and keeps the experts (A and
+            B) as they are, for an adapter that has them already: see [`trex_from_lora`]. A new adapter has none (B is
+            zero), and would learn nothing.
         target_modules (`list[str]` or `str`, *optional*):
             Names, or a regular expression, of the modules to adapt. None stands for "all-linear": all linear layers
             but the head, as in the paper.
@@ -93,6 +114,12 @@ class TRexConfig(PeftConfig):
     )
     use_router: bool = field(default=True, metadata={"help": "False: ablation without the token router."})
     router_rank: int | None = field(default=None, metadata={"help": "Rank of a reduced router; None: the whole one."})
+    router_top_k: int | None = field(default=None, metadata={"help": "Experts the router chooses; None: all."})
+    balance_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the loss against unused experts."})
+    router_z_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the loss against large logits."})
+    expert_pattern: dict[str, dict[str, Any]] = field(
+        default_factory=dict, metadata={"help": "Layers with only some of the input and output vectors."}
+    )
     use_prior: bool = field(default=True, metadata={"help": "False: ablation without the semantic prior."})
     token_scale: float | None = field(default=None, metadata={"help": "c_token; None: the number of experts."})
     prior_scale: float = field(default=4.0, metadata={"help": "c_prior. Paper: 4."})
@@ -106,6 +133,9 @@ class TRexConfig(PeftConfig):
         default="auto", metadata={"help": "'auto': the fast path; 'reference': the readable formula."}
     )
     init_weights: bool = field(default=True, metadata={"help": "False: no part starts at zero (for tests)."})
+    trainable: Literal["all", "router"] = field(
+        default="all", metadata={"help": "'router': the experts themselves, A and B, stay as they are."}
+    )
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Modules to adapt; None: all linear layers but the head."}
     )
@@ -130,6 +160,8 @@ class TRexConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         self._check_values()
         self._check_combinations()
+        for name, entry in self._checked_pattern().items():
+            self._check_entry(name, entry)
 
     @property
     def num_experts(self) -> int:
@@ -143,10 +175,66 @@ class TRexConfig(PeftConfig):
             return self.use_prior and self.num_clusters != self.num_experts
         return self.use_prior and self.prior_map == "learned"
 
+    def vectors_of(self, layer: str) -> tuple[list[int], list[int]]:
+        """The input and the output vectors that a layer has, by their numbers in one of full size."""
+        entry = self.expert_pattern.get(layer)
+        return (list(range(self.r_a)), list(range(self.r_b))) if entry is None else (entry["inputs"], entry["outputs"])
+
+    def experts_of(self, layer: str) -> list[int]:
+        """The experts that a layer has, by their numbers in one of full size."""
+        inputs, outputs = self.vectors_of(layer)
+        if self.expert_layout == "paired":
+            return list(inputs)
+        return [i * self.r_b + j for i in inputs for j in outputs]
+
+    def token_scale_of(self, layer: str) -> float:
+        """c_token of a layer."""
+        scale = self.expert_pattern.get(layer, {}).get("token_scale", self.token_scale)
+        return float(len(self.experts_of(layer)) if scale is None else scale)
+
+    def _checked_pattern(self) -> dict[str, Any]:
+        if not isinstance(self.expert_pattern, dict):
+            raise TypeError(
+                f"expert_pattern is a {type(self.expert_pattern).__name__}; expected a dict of entries such as "
+                "{'inputs': [0, 2], 'outputs': [0, 1, 5]} by the layers' names."
+            )
+        return self.expert_pattern
+
+    def _check_entry(self, name: str, entry: Any) -> None:
+        known = {"inputs", "outputs", "token_scale"}
+        if not isinstance(entry, dict) or not {"inputs", "outputs"} <= set(entry) <= known:
+            raise ValueError(
+                f"expert_pattern[{name!r}]={entry!r} must be a dict of 'inputs' and 'outputs', and 'token_scale' if "
+                "it has its own."
+            )
+        for side, count in (("inputs", self.r_a), ("outputs", self.r_b)):
+            numbers = entry[side]
+            whole = isinstance(numbers, list) and all(isinstance(one, int) for one in numbers) and numbers
+            if not whole or numbers != sorted(set(numbers)) or not 0 <= numbers[0] <= numbers[-1] < count:
+                raise ValueError(
+                    f"expert_pattern[{name!r}] has {side} {numbers!r}; expected a list of at least one of the numbers "
+                    f"0 to {count - 1}, ascending."
+                )
+        if self.expert_layout == "paired" and entry["inputs"] != entry["outputs"]:
+            raise ValueError(
+                f"expert_pattern[{name!r}] has inputs {entry['inputs']} and outputs {entry['outputs']}; with "
+                "expert_layout='paired' they must be the same."
+            )
+        if "token_scale" in entry:
+            scale = entry["token_scale"]
+            _check_number(f"expert_pattern[{name!r}]['token_scale']", scale)
+            if scale <= 0 or not math.isfinite(scale):
+                raise ValueError(f"expert_pattern[{name!r}]['token_scale']={scale!r} must be positive and finite.")
+            if not self.use_router:
+                raise ValueError(
+                    f"expert_pattern[{name!r}]['token_scale']={scale!r} scales the token router, which "
+                    "use_router=False drops."
+                )
+
     def _check_values(self) -> None:
         for name in ("r_a", "r_b", "num_clusters"):
             _check_int(name, getattr(self, name))
-        for name in ("prior_dim", "router_rank"):
+        for name in ("prior_dim", "router_rank", "router_top_k"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name))
         choices = {
@@ -154,6 +242,7 @@ class TRexConfig(PeftConfig):
             "prior_map": ("auto", "identity", "learned"),
             "prior_encoder": ("input_embeddings", "external"),
             "mixture_implementation": ("auto", "reference"),
+            "trainable": ("all", "router"),
             "bias": ("none", "all", "trex_only"),
         }
         for name, allowed in choices.items():
@@ -169,6 +258,11 @@ class TRexConfig(PeftConfig):
             _check_number(name, value)
             if value <= 0 or not math.isfinite(value):
                 raise ValueError(f"{name}={value!r} must be a positive, finite number.")
+        for name in ("balance_loss_coef", "router_z_loss_coef"):
+            value = getattr(self, name)
+            _check_number(name, value)
+            if value < 0 or not math.isfinite(value):
+                raise ValueError(f"{name}={value!r} must be a finite number, at least 0.")
         _check_number("trex_dropout", self.trex_dropout)
         if not 0 <= self.trex_dropout < 1:
             raise ValueError(f"trex_dropout={self.trex_dropout!r} must be at least 0 and less than 1.")
@@ -187,10 +281,27 @@ class TRexConfig(PeftConfig):
             )
         if not self.use_router and self.router_rank is not None:
             raise ValueError(f"router_rank={self.router_rank} reduces the token router, which use_router=False drops.")
+        for name in ("balance_loss_coef", "router_z_loss_coef"):
+            if not self.use_router and getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is for the token router, which use_router=False drops."
+                )
+        if self.router_top_k is not None:
+            if not self.use_router:
+                raise ValueError(
+                    f"router_top_k={self.router_top_k} chooses for the token router, which use_router=False drops."
+                )
+            if self.router_top_k > self.num_experts:
+                raise ValueError(f"router_top_k={self.router_top_k} is more than the {self.num_experts} experts.")
         if not self.use_prior and self.prior_map != "auto":
             raise ValueError(f"prior_map={self.prior_map!r} maps the prior, which use_prior=False drops.")
         if not self.use_prior and self.prior_encoder != "input_embeddings":
             raise ValueError(f"prior_encoder={self.prior_encoder!r} feeds the prior, which use_prior=False drops.")
+        if self.trainable == "router" and not (self.use_router or self.learned_map):
+            raise ValueError(
+                "trainable='router' trains what chooses experts, but there is nothing that does: use_router=False, "
+                "and the prior has no learned map (prior_map='learned')."
+            )
         if self.prior_map == "identity" and self.num_clusters != self.num_experts:
             raise ValueError(
                 f"prior_map='identity' needs as many clusters as experts; got num_clusters={self.num_clusters} and "

@@ -106,7 +106,7 @@ def save_trex_as_lora(
             lora = LoraConfig(
                 r=rank,
                 lora_alpha=rank,
-                target_modules=_target_names(tuner.model, layers),
+                target_modules=target_names(tuner.model, layers),
                 modules_to_save=config.modules_to_save if others else None,
                 fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
                 task_type=config.task_type,
@@ -170,7 +170,7 @@ def _lora_tensors(
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, rank
 
 
-def _target_names(model: nn.Module, layers: dict[str, TRexLayer]) -> list[str] | str:
+def target_names(model: nn.Module, layers: dict[str, TRexLayer]) -> list[str] | str:
     """What LoRA's `target_modules` has to be to find these layers and no others: short names if they do."""
     modules = [name for name, _ in model.named_modules()]
     short = {name.rpartition(".")[2] for name in layers}

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import kernels
-from .mixture import Layout
+from .mixture import Layout, keep_strongest
 
 SHORT = {torch.bfloat16, torch.float16}
 # CPUs without AVX-512 have no products in half precision; PyTorch's substitutes take up to ten times as long
@@ -32,6 +32,11 @@ class MixSettings(NamedTuple):
     prior_scale: float = 4.0
     temperature: float = 100.0
     layout: Layout = "grid"
+    top_k: int | None = None
+
+    def of_kernels(self) -> dict[str, Any]:
+        """What the kernels take: the logits that they get say already which experts are left."""
+        return {name: value for name, value in self._asdict().items() if name != "top_k"}
 
 
 def fusible(x: Tensor, A: Tensor) -> bool:
@@ -116,6 +121,8 @@ def _decode(
         z = apply(z, router)
     if A.dtype in SHORT:
         a, z = a.float(), z.float()
+    if settings.top_k is not None:
+        z = keep_strongest(z, settings.top_k)
     G = torch.softmax(z, -1)
     scale, by_token, by_prior = _shares(_number(omega_logit, settings), prior, settings)
     if prior is not None:
@@ -229,11 +236,15 @@ def _stack(A: Tensor, router: Tensor, router_down: Tensor | None, dtype: torch.d
 
 
 def _with_logits(features: Tensor, router: Tensor, router_down: Tensor | None, settings: MixSettings) -> Tensor:
-    """(N, r_a + E): a reduced router's upper factor is still to be applied."""
-    if router_down is None:
+    """(N, r_a + E): what [A; R] leaves to do is done, a reduced router's upper factor and the choice of experts."""
+    if router_down is None and settings.top_k is None:
         return features
-    columns = features.T
-    return torch.cat((columns[: settings.r_a], router.to(features.dtype) @ columns[settings.r_a :])).T
+    a, z = features.T.tensor_split((settings.r_a,))
+    if router_down is not None:
+        z = router.to(features.dtype) @ z
+    if settings.top_k is not None:
+        z = keep_strongest(z, settings.top_k, 0)
+    return torch.cat((a, z)).T
 
 
 def _number(logit: Tensor, settings: MixSettings) -> float:
@@ -261,7 +272,7 @@ def mix(h: Tensor, prior: Tensor | None, omega_logit: Tensor, gate_logit: Tensor
         settings: the constants.
     """
     if kernels.available(h):
-        return kernels.mix(h, prior, omega_logit, gate_logit, **settings._asdict())
+        return kernels.mix(h, prior, omega_logit, gate_logit, **settings.of_kernels())
     scale, by_token, by_prior = _shares(_number(omega_logit, settings), prior, settings)
     a, _, G = _weights(h, prior, by_token, by_prior, settings)
     return _contract(a, G, settings).mul_(scale * _number(gate_logit, settings)).to(h.dtype).T
@@ -312,7 +323,7 @@ def mix_backward(
     """[`mix`] again, and the gradients of its inputs for du (N, r_b): of h, of both logits, of the prior."""
     if kernels.available(h):
         return kernels.mix_backward(
-            h, du, prior, omega_logit, gate_logit, needs_prior=needs_prior, **settings._asdict()
+            h, du, prior, omega_logit, gate_logit, needs_prior=needs_prior, **settings.of_kernels()
         )
     omega, gate = _number(omega_logit, settings), _number(gate_logit, settings)
     scale, by_token, by_prior = _shares(omega, prior, settings)

@@ -45,6 +45,7 @@ class TRexLayer(BaseTunerLayer):
         "trex_settings",
         "trex_fused",
         "trex_uses_prior",
+        "trex_chosen",
         "trex_static",
     )
 
@@ -64,6 +65,8 @@ class TRexLayer(BaseTunerLayer):
         self.trex_settings: dict[str, dict[str, Any]] = {}
         self.trex_fused: dict[str, MixSettings | None] = {}
         self.trex_uses_prior: dict[str, bool] = {}
+        # with the identity map, the clusters of the experts that are left, where that is not all of them
+        self.trex_chosen: dict[str, Tensor] = {}
         self._channel = channel
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -71,14 +74,15 @@ class TRexLayer(BaseTunerLayer):
         shape: Any = _get_in_out_features(self.get_base_layer())
         self.in_features, self.out_features = shape
 
-    def update_layer(self, adapter_name: str, config: TRexConfig) -> None:
-        """Add an adapter, or replace the one of this name."""
-        experts = config.num_experts
+    def update_layer(self, adapter_name: str, config: TRexConfig, layer_name: str = "") -> None:
+        """Add an adapter, or replace the one of this name; the layer's own name tells which experts it has."""
+        (inputs, outputs), chosen = config.vectors_of(layer_name), config.experts_of(layer_name)
+        experts = len(chosen)
         for name in (*self.adapter_layer_names, "trex_static"):  # of the one that is replaced, which may have had more
             if adapter_name in getattr(self, name):
                 del getattr(self, name)[adapter_name]
-        self.trex_A[adapter_name] = nn.Parameter(torch.empty(config.r_a, self.in_features))
-        self.trex_B[adapter_name] = nn.Parameter(torch.empty(self.out_features, config.r_b))
+        self.trex_A[adapter_name] = nn.Parameter(torch.empty(len(inputs), self.in_features))
+        self.trex_B[adapter_name] = nn.Parameter(torch.empty(self.out_features, len(outputs)))
         if config.use_router:
             width = config.router_rank or self.in_features
             self.trex_router[adapter_name] = nn.Parameter(torch.empty(experts, width))
@@ -90,15 +94,23 @@ class TRexLayer(BaseTunerLayer):
         self.trex_gate[adapter_name] = nn.Parameter(torch.empty(1))
         self.trex_dropout[adapter_name] = nn.Dropout(config.trex_dropout) if config.trex_dropout else nn.Identity()
         self.trex_settings[adapter_name] = {
-            "token_scale": float(experts if config.token_scale is None else config.token_scale),
+            "token_scale": config.token_scale_of(layer_name),
             "prior_scale": config.prior_scale,
             "temperature": config.gate_temperature,
             "layout": config.expert_layout,
+            "top_k": None if config.router_top_k is None else min(config.router_top_k, experts),
         }
         # without a router there is nothing to be faster at
         fused = config.use_router and config.mixture_implementation == "auto"
-        self.trex_fused[adapter_name] = MixSettings(config.r_a, **self.trex_settings[adapter_name]) if fused else None
+        self.trex_fused[adapter_name] = MixSettings(len(inputs), **self.trex_settings[adapter_name]) if fused else None
         self.trex_uses_prior[adapter_name] = config.use_prior
+        self.trex_chosen.pop(adapter_name, None)
+        if config.use_prior and not config.learned_map and experts < config.num_experts:
+            # no state dict has it, so that it must not be made on the meta device, as parameters may be
+            self.trex_chosen[adapter_name] = torch.tensor(chosen, device="cpu")
+        # PEFT keeps these frozen whenever it makes the adapter trainable; the dict it begins with is the class's
+        frozen = ("trex_A", "trex_B") if config.trainable == "router" else ()
+        self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: frozen}
         self.reset_trex_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -141,7 +153,12 @@ class TRexLayer(BaseTunerLayer):
         if not self.trex_uses_prior[adapter_name]:
             return None
         if adapter_name not in self.trex_map:
-            return scores
+            chosen = self.trex_chosen.get(adapter_name)
+            if chosen is None or scores is None:
+                return scores
+            if chosen.device != scores.device:
+                chosen = self.trex_chosen[adapter_name] = chosen.to(scores.device)
+            return scores.index_select(-1, chosen)
         mapping = self.trex_map[adapter_name]
         if scores is None:  # zero, but the map still takes part in the graph: DDP waits for every parameter
             scores = mapping.new_zeros(1, mapping.shape[1])
@@ -152,7 +169,7 @@ class TRexLayer(BaseTunerLayer):
         prior = None
         if self.trex_uses_prior[adapter_name]:
             prior = self._channel.scores(adapter_name, x)
-            if self._find("trex_map", adapter_name) is not None:
+            if adapter_name in self.trex_chosen or self._find("trex_map", adapter_name) is not None:
                 prior = self._prior(adapter_name, prior)
         router = self._find("trex_router", adapter_name)
         if router is None and prior is None:  # a prior that is not known yet
@@ -197,13 +214,14 @@ class TRexLayer(BaseTunerLayer):
         """The core C (r_b, r_a) of the mean routing: uniform over the experts, the training prompts' mean scores."""
         A, B = self.trex_A[adapter_name], self.trex_B[adapter_name]
         scores = self._channel.mean_scores(adapter_name) if self.trex_uses_prior[adapter_name] else None
+        settings = {key: value for key, value in self.trex_settings[adapter_name].items() if key != "top_k"}
         return mean_core(
             A.shape[0],
             B.shape[1],
             self._prior(adapter_name, scores if scores is None else scores[None].to(A.device)),
             self.trex_omega[adapter_name],
             use_router=adapter_name in self.trex_router,
-            **self.trex_settings[adapter_name],
+            **settings,
         )
 
     def expert_weights(self, x: Tensor, adapter_name: str = "default") -> Tensor:
@@ -264,6 +282,9 @@ class TRexLayer(BaseTunerLayer):
         dropout = self._modules["trex_dropout"]._modules[adapter_name]  # type: ignore[attr-defined]
         if type(dropout) is not nn.Identity:
             x = dropout(x)
+        running = self._channel.running.prior
+        if running is not None and running.losses is not None and router is not None:
+            running.losses.add(adapter_name, x, router, down, self.trex_settings[adapter_name]["top_k"])
         if fused is not None and router is not None:
             return add_mixture(result, x, A, B, router, down, prior, omega, gate, fused)
         settings = self.trex_settings[adapter_name]
@@ -279,9 +300,17 @@ class Linear(nn.Module, TRexLayer):
         adapter_name: the first adapter's name.
         config: its configuration.
         channel: where this layer finds the prior of the forward that is running.
+        layer_name: the layer's name in the base model.
     """
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: TRexConfig, channel: PriorChannel) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: TRexConfig,
+        channel: PriorChannel,
+        layer_name: str = "",
+    ) -> None:
         super().__init__()
         TRexLayer.__init__(self, base_layer, channel)
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
@@ -291,7 +320,7 @@ class Linear(nn.Module, TRexLayer):
                 stacklevel=2,
             )
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config)
+        self.update_layer(adapter_name, config, layer_name)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's static weight, in the base weight's layout and the adapter's dtype.

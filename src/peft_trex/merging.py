@@ -140,7 +140,7 @@ def calibrate_trex_merge(
         )
     fits: dict[str, _LayerFit] = {}
     running = find_peft_model(model)
-    with _only(tuner, adapter_name), _uncompiled():  # hooks have no place in a compiled graph
+    with only_adapter(tuner, adapter_name), uncompiled():  # hooks have no place in a compiled graph
         for group in groups:
             moments = _gather(running, tuner, group, adapter_name, clusters, fit, dataloader, max_batches, progress)
             for name, layer in group.items():
@@ -225,8 +225,8 @@ def _fit(name: str, layer: TRexLayer, adapter_name: str, moments: Moments, fit: 
             "fit needs many times as many. Give more batches. Nothing was stored."
         )
     core = everything.project(A) if fit == "input" else everything
-    best = core.solve(start, _ridge(core.zz, "core"))
-    pull = _ridge(everything.zz, fit)
+    best = core.solve(start, ridge_of(core.zz, "core"))
+    pull = ridge_of(everything.zz, fit)
     if fit == "input":
         start, best = start @ A, everything.solve(best @ A, pull)
     statics, missed_by_clusters = [best], 0.0
@@ -250,7 +250,7 @@ def _fit(name: str, layer: TRexLayer, adapter_name: str, moments: Moments, fit: 
     )
 
 
-def _ridge(zz: Tensor, fit: Fit) -> Tensor:
+def ridge_of(zz: Tensor, fit: Fit) -> Tensor:
     scale = zz.diagonal().mean()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return RIDGE[fit] * scale * torch.eye(len(zz), dtype=zz.dtype, device=zz.device)
@@ -296,7 +296,7 @@ def _groups(layers: Mapping[str, TRexLayer], sets: int, wide: bool) -> Iterator[
 
 
 @contextmanager
-def _only(tuner: TRexModel, adapter_name: str) -> Iterator[None]:
+def only_adapter(tuner: TRexModel, adapter_name: str) -> Iterator[None]:
     """This adapter alone active and enabled, all modules in eval mode; everything as it was in the end."""
     active = list(tuner.active_adapters)
     disabled = any(layer.disable_adapters for layer in tuner.modules() if isinstance(layer, BaseTunerLayer))
@@ -319,7 +319,7 @@ def _only(tuner: TRexModel, adapter_name: str) -> Iterator[None]:
             module.training = flag
 
 
-def _uncompiled() -> AbstractContextManager[Any]:
+def uncompiled() -> AbstractContextManager[Any]:
     """While this is open, modules that were compiled in place run as they were written."""
     # torch 2.5 has no such switch, and says itself what it cannot compile
     return torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
@@ -338,7 +338,7 @@ def _gather(
 ) -> dict[str, Moments]:
     """The moments of these layers over the data: of each cluster and, last, of what has none."""
     moments: dict[str, Moments] = {}
-    reading_now = _Tokens(tuner)
+    reading_now = Attended(tuner)
 
     def counting(layer: TRexLayer, sums: Moments) -> Callable[[nn.Module, tuple], None]:
         A, layout = layer.trex_A[adapter_name], layer.trex_settings[adapter_name]["layout"]
@@ -382,7 +382,7 @@ def _gather(
     return moments
 
 
-class _Tokens:
+class Attended:
     """Which tokens of the batch that runs are no padding, for each layer that sees them."""
 
     def __init__(self, tuner: TRexModel) -> None:

@@ -33,6 +33,7 @@ def expert_weights(
     token_scale: float,
     prior_scale: float = 4.0,
     temperature: float = 100.0,
+    top_k: int | None = None,
 ) -> Tensor:
     """Weight of every expert for every token: `G = omega c_token softmax(R x) + (1 - omega) c_prior prior`.
 
@@ -44,7 +45,10 @@ def expert_weights(
     G: Tensor | None = None
     if router is not None:
         routed = x if router_down is None else F.linear(x, router_down)  # (..., D_in or Q)
-        token = torch.softmax(F.linear(routed, router), dim=-1, dtype=dtype)  # (..., E)
+        logits = F.linear(routed, router)  # (..., E)
+        if top_k is not None:
+            logits = keep_strongest(logits, top_k)
+        token = torch.softmax(logits, dim=-1, dtype=dtype)
         G = token_scale * token if omega is None else omega * token_scale * token
     if prior is not None:
         if prior.dim() == 2:  # one row a prompt holds for all of its tokens
@@ -71,6 +75,7 @@ def rank_one_mixture(
     prior_scale: float = 4.0,
     temperature: float = 100.0,
     layout: Layout = "grid",
+    top_k: int | None = None,
 ) -> Tensor:
     """Output of one T-REX adapter, `gate * B (a G)` with `a = A x`; the base layer's output is not included.
 
@@ -91,6 +96,8 @@ def rank_one_mixture(
         temperature: of both sigmoids.
         layout: "grid": expert (i, j) is b_j a_i^T and stands at i * r_b + j. "paired" (the paper's first version):
             r_a = r_b = E and expert i is b_i a_i^T.
+        top_k: the token router's softmax is over the `top_k` experts of the largest logits alone; the others get
+            nothing of its part (the authors' code names it and raises). None takes all. The prior's part stays whole.
 
     Returns:
         (..., D_out) in the dtype of the last product. Softmax, weights and mix are computed in float32 or wider.
@@ -108,12 +115,22 @@ def rank_one_mixture(
         token_scale=token_scale,
         prior_scale=prior_scale,
         temperature=temperature,
+        top_k=top_k,
     )  # (..., E)
     a = F.linear(x, A)  # (..., r_a)
     mixed = mix_features(a, G, layout)  # (..., r_b)
     if gate_logit is not None:  # a scalar: on r_b features it costs less than on D_out
         mixed = torch.sigmoid(temperature * gate_logit.to(mixed.dtype)) * mixed
     return F.linear(mixed.to(a.dtype), B)  # (..., D_out)
+
+
+def keep_strongest(logits: Tensor, top_k: int, dim: int = -1) -> Tensor:
+    """The logits, with all but the `top_k` largest along `dim` at minus infinity; of equal ones the first are kept."""
+    if not 1 <= top_k <= logits.shape[dim]:
+        raise ValueError(f"top_k={top_k} must be at least 1 and at most the number of experts, {logits.shape[dim]}.")
+    order = logits.argsort(stable=True, dim=dim, descending=True)
+    dropped = order.narrow(dim, top_k, logits.shape[dim] - top_k)
+    return logits.scatter(dim, dropped, -torch.inf)
 
 
 def mix_features(a: Tensor, G: Tensor, layout: Layout = "grid") -> Tensor:

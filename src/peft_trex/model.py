@@ -91,6 +91,7 @@ class TRexModel(BaseTuner):
             self.trex_prior[adapter_name] = prior
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._check_pattern(adapter_name)
         except Exception:
             self._forget_prior(adapter_name)
             # a base model that is tried again must not keep half of it
@@ -104,6 +105,20 @@ class TRexModel(BaseTuner):
         self.prompts.attach()
         keep_trainable(model)
 
+    def _check_pattern(self, adapter_name: str) -> None:
+        """Raise a ValueError if the configuration names layers that have no adapter."""
+        layers = {
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, TRexLayer) and adapter_name in module.trex_A
+        }
+        unknown = sorted(set(self.config_of(adapter_name).expert_pattern) - layers)
+        if unknown:
+            raise ValueError(
+                f"expert_pattern names {len(unknown)} modules that the adapter is not in, such as {unknown[0]!r}; it "
+                f"takes names in full, as {min(layers)!r}."
+            )
+
     def _create_and_replace(
         self,
         peft_config: Any,
@@ -115,7 +130,7 @@ class TRexModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, TRexLayer):
-            target.update_layer(adapter_name, peft_config)
+            target.update_layer(adapter_name, peft_config, current_key)
             return
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         plain = isinstance(base_layer, (nn.Linear, Conv1D)) and base_layer.weight.is_floating_point()
@@ -130,7 +145,7 @@ class TRexModel(BaseTuner):
                 f"The target module {current_key} belongs to a torch.nn.MultiheadAttention, which would pass the "
                 "adapter by in silence. Leave it out with exclude_modules."
             )
-        new_module = Linear(target, adapter_name, peft_config, self.prompts.channel)
+        new_module = Linear(target, adapter_name, peft_config, self.prompts.channel, current_key)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
@@ -364,13 +379,14 @@ def _make_room_for_static(
             static.dim() != 3
             or len(static) != sets[0][0]
             or len(static) not in (1, 1 + config.num_clusters)
-            or static.shape[1] != config.r_b
-            or static.shape[2] not in (config.r_a, layer.in_features)
+            or static.shape[1] != layer.trex_B[adapter_name].shape[1]
+            or static.shape[2] not in (len(layer.trex_A[adapter_name]), layer.in_features)
         ):
+            r_a, r_b = len(layer.trex_A[adapter_name]), layer.trex_B[adapter_name].shape[1]
             raise ValueError(
                 f"The T-REX tensor {key} has shape {tuple(static.shape)} in the file; expected (1 or "
-                f"{1 + config.num_clusters}, {config.r_b}, {config.r_a} or {layer.in_features}), and as many sets as "
-                "the other layers have. The file is damaged or was saved for another base model or configuration."
+                f"{1 + config.num_clusters}, {r_b}, {r_a} or {layer.in_features}), and as many sets as the other "
+                "layers have. The file is damaged or was saved for another base model or configuration."
             )
         else:
             layer.keep_static(adapter_name, torch.zeros_like(static))

@@ -8,11 +8,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .balance import RouterLosses
+
+if TYPE_CHECKING:
+    from .steering import Steering
 
 
 class SemanticPrior(nn.Module):
@@ -65,10 +70,14 @@ class SemanticPrior(nn.Module):
     @torch.no_grad()
     def score(self, embedding: Tensor) -> Tensor:
         """Scores (B, K) in [-1, 1], float32, of prompt embeddings (B, d)."""
-        device = embedding.device
+        return self.score_centred(embedding.float() - self.mean.to(embedding.device).float())
+
+    @torch.no_grad()
+    def score_centred(self, direction: Tensor) -> Tensor:
+        """The same of embeddings (B, d) from which the mean has been taken."""
+        device = direction.device
         with torch.autocast(device.type, enabled=False):
-            unit = F.normalize(embedding.float() - self.mean.to(device).float(), dim=-1)
-            return unit @ self.centroids.to(device).float().T
+            return F.normalize(direction.float(), dim=-1) @ self.centroids.to(device).float().T
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,7 @@ class ForwardPrior:
     scores: Mapping[str, Tensor | None]  # (B, K) each, or (B, T, K) where a row holds several prompts
     rows: int  # B
     lengths: frozenset[int] = field(default=frozenset())  # tokens in a row, to know flattened layer inputs by
+    losses: RouterLosses | None = None  # what the layers are to add to, in training
 
     def for_call(self, rows: int, lengths: frozenset[int]) -> ForwardPrior:
         """The same prompts for a call of `rows` rows: beams and returned sequences stand beside each other."""
@@ -111,6 +121,7 @@ class _Running(threading.local):
         self.prior: ForwardPrior | None = None  # of the forward
         self.owner: nn.Module | None = None  # the module whose forward it is
         self.generation: ForwardPrior | None = None  # of the generate call around it
+        self.steering: Steering | None = None  # of the steer_trex block around it
 
     def __deepcopy__(self, memo: Any) -> _Running:
         return _Running()
@@ -188,7 +199,14 @@ class CheckpointWithPrior:
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         prior, channel = self.channel.running.prior, self.channel
 
+        differentiable = torch.is_grad_enabled()
+
         def rerun(*inner_args: Any, **inner_kwargs: Any) -> Any:
+            if differentiable and not torch.is_grad_enabled() and prior is not None and prior.losses is not None:
+                raise ValueError(
+                    "Reentrant gradient checkpointing first runs layers without gradients, where balance_loss_coef "
+                    "and router_z_loss_coef have no effect. Enable it with use_reentrant=False, or set both to 0."
+                )
             return channel.run(prior, function, *inner_args, **inner_kwargs)
 
         return self.checkpoint(rerun, *args, **kwargs)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
+from .balance import LOSS, RouterLosses, share_of
 from .layer import TRexLayer
 from .prior import CheckpointWithPrior, ForwardPrior, PriorChannel
-from .scoring import ANSWERS, EMBEDS, PromptScorer
+from .scoring import ANSWERS, EMBEDS, PromptScorer, packed_prompts
+from .steering import SEMANTIC_PRIOR, Steering, find_steerable, resolve
 
 if TYPE_CHECKING:
     from .model import TRexModel
@@ -92,8 +96,11 @@ class PromptWatch:
         return [name for name in self.tuner.active_adapters if self.tuner.config_of(name).use_prior]
 
     def _open(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Before a forward: find its prior; `semantic_embeds` and `completion_mask` are ours and are taken out."""
-        embeds, completion_mask = kwargs.pop(EMBEDS, None), None
+        """Before a forward: find its prior; the arguments that are ours are taken out.
+
+        These are `semantic_embeds`, `semantic_prior` and, unless the module names it as its own, `completion_mask`.
+        """
+        embeds, chosen, completion_mask = kwargs.pop(EMBEDS, None), kwargs.pop(SEMANTIC_PRIOR, None), None
         if COMPLETION in kwargs and COMPLETION not in inspect.signature(module.forward).parameters:
             completion_mask = kwargs.pop(COMPLETION)
         running = self.channel.running
@@ -104,18 +111,19 @@ class PromptWatch:
         if self.channel.calibrated and module.training and torch.is_grad_enabled():
             self.tuner.forget_trained()
         adapters = self._adapters()
-        if not adapters:
+        steering, coefficients = self._steering(chosen, adapters), self._coefficients(module)
+        if not (adapters or coefficients):
             return args, kwargs
         named = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) if args else {}
         inputs: dict[str, Any] = {**named, **kwargs, COMPLETION: completion_mask}
-        rows, lengths = _batch_shape(inputs)
-        prior = running.generation or self._kept(inputs, adapters)
-        if prior is None:
-            prior = self.scorer.score(inputs, embeds, adapters, rows)
-            if module.training and self.scorer.is_causal() and all(inputs.get(name) is None for name in ANSWERS):
-                self.scorer.warn_without_labels(prior)
-        self._check_images(inputs, rows)
-        running.prior = prior.for_call(rows, lengths)
+        rows, lengths = batch_shape(inputs)
+        prior = ForwardPrior({}, rows, lengths)
+        if adapters:
+            prior = self._prior_of_forward(module, inputs, embeds, adapters, steering)
+        if coefficients:
+            share = share_of(inputs, shifted=self.scorer.is_causal())
+            prior = replace(prior, losses=RouterLosses(coefficients, self._attended(inputs), share))
+        running.prior = prior
         running.owner = module
         for checkpointed in self._checkpointed:
             if checkpointed.training and checkpointed.gradient_checkpointing:
@@ -123,6 +131,54 @@ class PromptWatch:
                 if checkpoint is not None and not isinstance(checkpoint, CheckpointWithPrior):
                     setattr(checkpointed, CHECKPOINT, CheckpointWithPrior(checkpoint, self.channel))
         return args, kwargs
+
+    def _prior_of_forward(
+        self,
+        module: nn.Module,
+        inputs: Mapping[str, Any],
+        embeds: Any,
+        adapters: list[str],
+        steering: Steering | None,
+    ) -> ForwardPrior:
+        running, (rows, lengths) = self.channel.running, batch_shape(inputs)
+        prior = running.generation or self._kept(inputs, adapters, steering)
+        own = prior is None
+        if prior is None:
+            prior = self.scorer.score(inputs, embeds, adapters, rows, steering)
+            if module.training and self.scorer.is_causal() and all(inputs.get(name) is None for name in ANSWERS):
+                self.scorer.warn_without_labels(prior)
+        self._check_images(inputs, rows)
+        prior = prior.for_call(rows, lengths)
+        if steering is not None and running.generation is None:  # which is steered already
+            packed = own and steering.rows > 1
+            prior = steering.apply(prior, packed_prompts(inputs, steering.rows, rows) if packed else None)
+        return prior
+
+    def _coefficients(self, module: nn.Module) -> dict[str, tuple[float, float]]:
+        """Of the router losses of each active adapter that has some, in training."""
+        if not (module.training and torch.is_grad_enabled()):
+            return {}
+        configs = {name: self.tuner.config_of(name) for name in self.tuner.active_adapters}
+        found = {name: (one.balance_loss_coef, one.router_z_loss_coef) for name, one in configs.items()}
+        return {name: coefficients for name, coefficients in found.items() if any(coefficients)}
+
+    def _attended(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """(B, T), where layers see tokens that count; None where that is not known of all of them."""
+        mask = inputs.get("attention_mask")
+        two_sided = getattr(getattr(self.tuner.model, "config", None), "is_encoder_decoder", False)
+        return mask if isinstance(mask, Tensor) and mask.dim() == 2 and not two_sided else None
+
+    def _steering(self, chosen: Any, adapters: list[str]) -> Steering | None:
+        """What takes the place of the prior of these adapters: the argument of a call, or the block around it."""
+        around = self.channel.running.steering
+        if chosen is None and around is None:
+            return None
+        if not adapters:  # what asks for the base model gets it
+            layers = [module for module in self.tuner.model.modules() if isinstance(module, TRexLayer)]
+            if not all(layer.disable_adapters for layer in layers):
+                find_steerable(self.tuner)
+            return None
+        return around if chosen is None else resolve(self.tuner, chosen, adapters)
 
     def _check_images(self, inputs: Mapping[str, Any], rows: int) -> None:
         """Refuse images that are no row's own: a layer that sees them one below the other would take them for rows."""
@@ -147,17 +203,39 @@ class PromptWatch:
                 "exclude_modules, call the model with one prompt at a time, or set use_prior=False."
             )
 
-    def _close(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _close(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """After a forward, which may have failed: keep its prior with its cache, and add the router losses."""
         running = self.channel.running
         if running.owner is not module:
-            return
+            return None
         prior, running.prior, running.owner = running.prior, None, None
         encoded = output if hasattr(output, "last_hidden_state") else None
         for carrier in (*(getattr(output, name, None) for name in CACHES), encoded):
             if prior is not None and hasattr(carrier, "__dict__"):  # which a tuple has not
                 setattr(carrier, KEPT_PRIOR, prior.kept())
+        if prior is None or prior.losses is None or output is None:
+            return None
+        return self._add_losses(prior.losses, output)
 
-    def _kept(self, inputs: Mapping[str, Any], adapters: list[str]) -> ForwardPrior | None:
+    def _add_losses(self, losses: RouterLosses, output: Any) -> Any:
+        """The output with the router losses in its loss; None if they cannot be put there."""
+        loss = getattr(output, "loss", None)
+        total = losses.total(None if loss is None else loss.device)
+        if total is None:
+            return None
+        if isinstance(output, ModelOutput):
+            setattr(output, LOSS, total)
+        if loss is not None:
+            output.loss = loss + total.to(loss.dtype)
+            return output
+        self.scorer.warn_once(
+            "losses",
+            "balance_loss_coef and router_z_loss_coef have no effect on a loss that is not computed by the model's "
+            f"forward: it needs labels and return_dict=True. Add the output's `{LOSS}` to your own loss.",
+        )
+        return None
+
+    def _kept(self, inputs: Mapping[str, Any], adapters: list[str], steering: Steering | None) -> ForwardPrior | None:
         """The prior of the prompt that a cache, or an encoder's output, among the inputs was computed from."""
         caches = [inputs[name] for name in CACHES if inputs.get(name) is not None]
         caches = [cache for cache in caches if _cached_tokens(cache) != 0]
@@ -165,7 +243,7 @@ class PromptWatch:
             prior = getattr(source, KEPT_PRIOR, None)
             if prior is not None and set(adapters) <= set(prior.scores):
                 return prior
-        if caches:
+        if caches and (steering is None or not all(steering.covers(name) for name in adapters)):
             self.scorer.warn_once(
                 "cache",
                 "A forward goes on from a cache whose prompt T-REX did not see; the prior is computed from the tokens "
@@ -175,12 +253,14 @@ class PromptWatch:
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`, with the prior computed once, from the prompt, for all new tokens."""
-        embeds = kwargs.pop(EMBEDS, None)
+        embeds, chosen = kwargs.pop(EMBEDS, None), kwargs.pop(SEMANTIC_PRIOR, None)
         adapters = self._adapters()
+        steering = self._steering(chosen, adapters)
         running = self.channel.running
         if not adapters or running.generation is not None:
             return self._wrapped["generate"][0](*args, **kwargs)
-        running.generation = self._prior_of_prompt(args, kwargs, embeds, adapters)
+        prior = self._prior_of_prompt(args, kwargs, embeds, adapters, steering)
+        running.generation = prior if steering is None else steering.apply(prior, None)
         try:
             return self._wrapped["generate"][0](*args, **kwargs)
         finally:
@@ -196,7 +276,12 @@ class PromptWatch:
         return self._wrapped["generate_batch"][0](*args, **kwargs)
 
     def _prior_of_prompt(
-        self, args: tuple, kwargs: Mapping[str, Any], embeds: Any, adapters: list[str]
+        self,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        embeds: Any,
+        adapters: list[str],
+        steering: Steering | None,
     ) -> ForwardPrior:
         """The prior for a whole generate call, from its arguments."""
         inputs = {key: kwargs.get(key) for key in ("input_ids", "inputs_embeds", "attention_mask")}
@@ -211,16 +296,16 @@ class PromptWatch:
         if cached and tokens is not None:
             goes_on = tokens.shape[1] <= cached or (mask is not None and mask.shape[1] > tokens.shape[1])
         if embeds is None and (goes_on or (tokens is None and encoded is not None)):
-            kept = self._kept(kwargs, adapters)
+            kept = self._kept(kwargs, adapters, steering)
             if kept is not None:
                 return kept
         if embeds is None and tokens is None and encoded is None:
             return ForwardPrior(dict.fromkeys(adapters), 1)  # starts from nothing: an empty prompt has no prior
         if mask is None and inputs["input_ids"] is not None:
             inputs["attention_mask"] = self._infer_attention_mask(inputs["input_ids"], kwargs)
-        rows, _ = _batch_shape({**inputs, EMBEDS: embeds})
+        rows, _ = batch_shape({**inputs, EMBEDS: embeds})
         self._check_images({**kwargs, **inputs}, rows)
-        return self.scorer.score({**kwargs, **inputs, **whole}, embeds, adapters, rows)
+        return self.scorer.score({**kwargs, **inputs, **whole}, embeds, adapters, rows, steering)
 
     def _infer_attention_mask(self, prompt: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
         """What transformers takes where none is given: padding equals the pad token, if that is not an end token."""
@@ -236,7 +321,7 @@ def _cached_tokens(cache: Any) -> int | None:
     return cache.get_seq_length() if hasattr(cache, "get_seq_length") else None
 
 
-def _batch_shape(inputs: Mapping[str, Any]) -> tuple[int, frozenset[int]]:
+def batch_shape(inputs: Mapping[str, Any]) -> tuple[int, frozenset[int]]:
     """Rows of a forward, and the lengths its sequences have, in tokens."""
     names = ("decoder_inputs_embeds", "decoder_input_ids", "inputs_embeds", "input_ids", "labels")
     known = [value for name in names if isinstance(value := inputs.get(name), Tensor) and value.dim() > 0]

@@ -18,6 +18,7 @@ from .spans import Prompts, find_prompts
 
 if TYPE_CHECKING:
     from .model import TRexModel
+    from .steering import Steering
 
 EMBEDS = "semantic_embeds"
 ANSWERS = ("labels", "completion_mask")  # what may tell a prompt from its answer
@@ -128,8 +129,13 @@ class PromptScorer:
             return TaskType.CAUSAL_LM in tasks
         return isinstance(base, PreTrainedModel) and base.can_generate()
 
-    def score(self, inputs: Mapping[str, Any], embeds: Any, adapters: list[str], rows: int) -> ForwardPrior:
-        """Score the prompts of a forward, or of a generate call, for each of the adapters."""
+    def score(
+        self, inputs: Mapping[str, Any], embeds: Any, adapters: list[str], rows: int, steering: Steering | None = None
+    ) -> ForwardPrior:
+        """Score the prompts of a forward, or of a generate call, for each of the adapters.
+
+        Where `steering` leaves no row to its own prompt there is nothing to score, and the adapter has None.
+        """
         check_packing(inputs)
         external = [name for name in adapters if self.tuner.config_of(name).prior_encoder == "external"]
         if embeds is not None and not external:
@@ -141,13 +147,13 @@ class PromptScorer:
         embedded: tuple[Tensor, Prompts] | None = None
         for name in adapters:
             prior = self.tuner.prior_of(name)
-            if prior is None or not prior.fitted:
+            if steering is not None and steering.covers(name):
+                scores[name] = None
+            elif prior is None or not prior.fitted:
                 self._warn_unfitted(name, prior)
                 scores[name] = None
             elif name in external:
-                prompts = _packed_prompts(inputs)
-                if prompts is not None and embeds is not None and torch.compiler.is_compiling():  # which cannot count
-                    prompts = None if len(embeds) == rows else replace(prompts, count=len(embeds))
+                prompts = packed_prompts(inputs, rows if embeds is None else len(embeds), rows)
                 count = rows if prompts is None else prompts.count
                 score = prior.score(_check_embeds(name, embeds, count, prior.dim))
                 scores[name] = score if prompts is None else prompts.spread(score)
@@ -194,14 +200,16 @@ def check_packing(inputs: Mapping[str, Any]) -> None:
         )
 
 
-def _packed_prompts(inputs: Mapping[str, Any]) -> Prompts | None:
-    """Where the prompts are if rows hold several; None otherwise."""
+def packed_prompts(inputs: Mapping[str, Any], given: int, rows: int) -> Prompts | None:
+    """Where the prompts are, for which so many values were given, if rows hold several; None otherwise."""
     tokens, mask, positions = inputs.get("input_ids"), inputs.get("attention_mask"), inputs.get("position_ids")
     if tokens is None and isinstance(embeds := inputs.get("inputs_embeds"), Tensor):
         tokens = embeds[..., 0]
     if positions is None or tokens is None or (isinstance(mask, Tensor) and mask.dim() != 2):
         return None
     prompts = find_prompts(tokens, mask, None, positions)
+    if prompts.index is not None and torch.compiler.is_compiling():  # which cannot count
+        return None if given == rows else replace(prompts, count=given)
     return None if prompts.index is None else prompts
 
 
