@@ -3,7 +3,7 @@
     python examples/quickstart.py [--model NAME_OR_FOLDER] [--data FILE.jsonl] [--steps N] [--out FOLDER]
 
 Fits the semantic prior, trains with transformers' Trainer, compares accuracy per task before and after, saves the
-adapter and loads it in a fresh process, exports it as plain LoRA, merges it, and draws which experts each task uses.
+adapter and loads it in a fresh process, exports it as plain LoRA, merges it, and reports what its routers do.
 Works offline.
 """
 
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,13 @@ from transformers import (
     set_seed,
 )
 
-from peft_trex import TRexConfig, TRexLayer, calibrate_trex_merge, initialize_trex_prior, save_trex_as_lora
+from peft_trex import (
+    TRexConfig,
+    calibrate_trex_merge,
+    initialize_trex_prior,
+    routing_report,
+    save_trex_as_lora,
+)
 
 Rows = list[dict[str, str]]
 
@@ -133,54 +140,11 @@ def mean_kl(reference: list[torch.Tensor], other: list[torch.Tensor]) -> float:
     return (p.exp() * (p - q)).sum(-1).mean().item()
 
 
-@torch.no_grad()
-def expert_use(model: Any, tokenizer: Any, rows: Rows) -> dict[str, torch.Tensor]:
-    """Mean weight of each expert (layers, E) over the prompts of each task."""
-    layers = [module for module in model.modules() if isinstance(module, TRexLayer)]
-    sums: dict[str, torch.Tensor] = {}
-    counts: dict[str, int] = defaultdict(int)
-    seen: list[torch.Tensor] = []
-
-    def look(layer: Any, args: tuple) -> None:
-        seen.append(layer.expert_weights(args[0]).flatten(0, -2).mean(0).float().cpu())
-
-    handles = [layer.register_forward_pre_hook(look) for layer in layers]
-    try:
-        for row in tqdm(rows, desc="expert use"):
-            seen.clear()
-            model(**tokenizer(chat(tokenizer, row["prompt"]), return_tensors="pt").to(model.device))
-            sums[row["task"]] = sums.get(row["task"], 0) + torch.stack(seen)
-            counts[row["task"]] += 1
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {task: total / counts[task] for task, total in sorted(sums.items())}
-
-
-def draw_expert_use(use: dict[str, torch.Tensor], file: Path) -> None:
-    """A heat map: how much more or less of each expert a task uses than the tasks do on average."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    tasks = list(use)
-    weights = torch.stack([use[task].mean(0) for task in tasks])
-    change = weights - weights.mean(0)
-    # neighbours that serve the same tasks make the picture readable; the number below a column is the expert's own
-    order = change.argmax(0).sort(stable=True).indices
-    limit = change.abs().max().item()
-    figure, axes = pyplot.subplots(
-        figsize=(1.5 + 0.3 * weights.shape[1], 1.2 + 0.4 * len(tasks)), layout="constrained"
-    )
-    image = axes.imshow(change[:, order], cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-    axes.set_yticks(range(len(tasks)), tasks)
-    axes.set_xticks(range(len(order)), [str(int(expert)) for expert in order], fontsize=7)
-    axes.set_xlabel("expert")
-    axes.set_title("Weight of each expert, against the mean of all tasks (average over layers)", fontsize=10)
-    figure.colorbar(image, ax=axes)
-    figure.savefig(file, dpi=130)
-    pyplot.close(figure)
+def prompts_by_task(tokenizer: Any, rows: Rows, size: int = 8) -> Iterator[dict[str, Any]]:
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        prompts = [chat(tokenizer, row["prompt"]) for row in part]
+        yield {**tokenizer(prompts, return_tensors="pt", padding=True), "task": [row["task"] for row in part]}
 
 
 def reload_and_compare(arguments: argparse.Namespace) -> None:
@@ -284,8 +248,11 @@ def main() -> None:
     save_trex_as_lora(model, out / "lora", save_embedding_layers=False)
     print(f"exported as {1 + len(report.cluster_sizes)} plain LoRA adapters and a router: {out / 'lora'}")
 
-    draw_expert_use(expert_use(model, tokenizer, test), out / "experts.png")
-    print(f"which experts each task uses: {out / 'experts.png'}")
+    routing = routing_report(model, list(prompts_by_task(tokenizer, test)), group_by="task")
+    (out / "routing.md").write_text(routing.to_markdown())
+    routing.plot(out / "routing.png")
+    print(routing)
+    print(f"which experts each task uses, and all the rest: {out / 'routing.md'}, {out / 'routing.png'}")
 
     print(calibrate_trex_merge(model, calibration, fit="input", max_batches=20))
     merged = model.merge_and_unload()

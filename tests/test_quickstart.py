@@ -66,7 +66,8 @@ def test_quickstart_runs_through(tmp_path, tiny_model):
         assert words in result.stdout, result.stdout
     for task in TASKS:
         assert f"\n{task} " in result.stdout
-    assert (tmp_path / "experts.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "routing.png").read_bytes().startswith(b"\x89PNG")
+    assert "last word" in (tmp_path / "routing.md").read_text()
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
     router = SemanticRouter.from_pretrained(tmp_path / "lora")
     assert all((folder / "adapter_model.safetensors").exists() for folder in router.adapters.values())
