@@ -21,7 +21,7 @@ serve: $(VENV)/demo $(VLLM)/serve
 	$(BIN)/python examples/serve.py --vllm $(VLLM)/bin/python $(ARGS)
 
 test: $(VENV)/test lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/test
 	$(BIN)/ruff check $(SOURCES)
