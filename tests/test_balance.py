@@ -319,7 +319,7 @@ def test_a_collapsed_router_recovers(top_k):
     used = {}
     start, batch = _collapsed(top_k)
     before = _used(start, batch)
-    for coefficient in (0.0, 0.5):
+    for coefficient in (0.0, 2.0):
         model = copy.deepcopy(start).train()
         model.peft_config["default"].balance_loss_coef = coefficient
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -329,7 +329,7 @@ def test_a_collapsed_router_recovers(top_k):
             optimizer.step()
         used[coefficient] = _used(model, batch)
     assert before < 2.5  # of six
-    assert used[0.0] < 3 < 3.6 < used[0.5], used
+    assert used[0.0] < 3 < 3.6 < used[2.0], used
 
 
 @pytest.mark.slow
