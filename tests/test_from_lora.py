@@ -353,7 +353,7 @@ def test_trainer_and_a_fresh_process_agree(tmp_path):
     model.save_pretrained(tmp_path / "saved")
     tests, told = Path(__file__).parent, tmp_path / "told.pt"
     subprocess.run([sys.executable, "-c", FRESH, tmp_path / "saved", tests, told], check=True)
-    names, logits = torch.load(told)
+    names, logits = torch.load(told, weights_only=True)
     assert names == sorted(name for name, p in model.named_parameters() if p.requires_grad)
     assert torch.equal(logits, model.eval()(input_ids=prompts(3)).logits)
     resumed = PeftModel.from_pretrained(make_llama(), tmp_path / "run" / "checkpoint-2", is_trainable=True)
