@@ -123,3 +123,38 @@ def adapted(kind="llama", fit=True, base=None, **kwargs):
 @pytest.fixture
 def llama():
     return adapted("llama")
+
+
+def exact_model(kind="llama", fit=True, **config):
+    """An adapter in float64, so that what is left of an error is not rounding."""
+    external = config.get("prior_encoder") == "external"
+    fit = fit and config.get("use_prior", True) and not external
+    model = adapted(kind, fit=fit, base=MAKERS[kind]().double(), **config)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.double()
+    if external:
+        initialize_trex_prior(model, embeddings=some_embeddings(40), progress=False)
+    return model
+
+
+def some_embeddings(count):
+    return torch.randn(count, 5, generator=torch.Generator().manual_seed(0))
+
+
+def padded(ids, side, length=9):
+    """Rows of three to nine tokens, padded, as a batch."""
+    rows = [pad_to(row[: 3 + index % 7], length, side) for index, row in enumerate(ids)]
+    ids, mask = (torch.stack(part) for part in zip(*rows, strict=True))
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+
+
+def padded_data(kind="llama", external=False, side="left", count=24):
+    data = [padded(part, side) for part in prompts(count, seed=3).split(8)]
+    for index, batch in enumerate(data):
+        if kind == "t5":
+            del batch["position_ids"]
+            answer = padded(prompts(8, seed=4), "right", 10)
+            batch["decoder_input_ids"], batch["decoder_attention_mask"] = answer["input_ids"], answer["attention_mask"]
+        if external:
+            batch["semantic_embeds"] = some_embeddings(count)[8 * index : 8 * index + 8]
+    return data

@@ -5,7 +5,19 @@ import warnings
 
 import pytest
 import torch
-from conftest import MAKERS, adapted, answered, batches, make_llama, make_t5, pad_to, prompts, randomize
+from conftest import (
+    adapted,
+    answered,
+    batches,
+    exact_model,
+    make_llama,
+    make_t5,
+    padded,
+    padded_data,
+    prompts,
+    randomize,
+    some_embeddings,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
@@ -28,40 +40,6 @@ VARIANTS = {
     "t5": {"kind": "t5"},
     "external": {"prior_encoder": "external", "prior_dim": 5},
 }
-
-
-def _model(kind="llama", **config):
-    """An adapter in float64, so that what is left of an error is not rounding."""
-    external = config.get("prior_encoder") == "external"
-    model = adapted(kind, fit=config.get("use_prior", True) and not external, base=MAKERS[kind]().double(), **config)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.double()
-    if external:
-        initialize_trex_prior(model, embeddings=_embeddings(40), progress=False)
-    return model
-
-
-def _embeddings(count):
-    return torch.randn(count, 5, generator=torch.Generator().manual_seed(0))
-
-
-def _padded(ids, side, length=9):
-    """Rows of three to nine tokens, padded, as a batch."""
-    rows = [pad_to(row[: 3 + index % 7], length, side) for index, row in enumerate(ids)]
-    ids, mask = (torch.stack(part) for part in zip(*rows, strict=True))
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-
-
-def _data(kind="llama", external=False, count=24):
-    data = [_padded(part, "left") for part in prompts(count, seed=3).split(8)]
-    for index, batch in enumerate(data):
-        if kind == "t5":
-            del batch["position_ids"]
-            answer = _padded(prompts(8, seed=4), "right", 10)
-            batch["decoder_input_ids"], batch["decoder_attention_mask"] = answer["input_ids"], answer["attention_mask"]
-        if external:
-            batch["semantic_embeds"] = _embeddings(count)[8 * index : 8 * index + 8]
-    return data
 
 
 def _layers(model):
@@ -131,8 +109,8 @@ def _missed(x, y, delta):
 @pytest.mark.parametrize("fit", ["core", "input"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_static_weights_are_the_least_squares_and_errors_are_those_measured(variant, fit):
-    model = _model(**VARIANTS[variant])
-    data = _data(VARIANTS[variant].get("kind"), variant == "external")
+    model = exact_model(**VARIANTS[variant])
+    data = padded_data(VARIANTS[variant].get("kind"), variant == "external")
     per_cluster = variant != "no prior"
     if variant == "external":
         data[0]["semantic_embeds"][2] = model.base_model.prior_of("default").mean
@@ -186,8 +164,8 @@ def test_static_weights_are_the_least_squares_and_errors_are_those_measured(vari
 @pytest.mark.parametrize("fit", ["core", "input"])
 def test_what_does_not_depend_on_its_input_is_merged_exactly(fit):
     model = adapted(fit=False, prior_encoder="external", prior_dim=5, use_router=False)
-    initialize_trex_prior(model, embeddings=_embeddings(40), progress=False)
-    one = _embeddings(1).expand(8, 5)
+    initialize_trex_prior(model, embeddings=some_embeddings(40), progress=False)
+    one = some_embeddings(1).expand(8, 5)
     report = calibrate_trex_merge(model, [{**batch, "semantic_embeds": one} for batch in batches()], fit=fit)
     assert report.error < 1e-6 < 0.01 < report.mean_routing_error
     expected = model(**batches(seed=7)[0], semantic_embeds=one).logits
@@ -200,8 +178,8 @@ def test_padding_and_company_do_not_change_the_static_weights(fit):
     ids, found = prompts(24), []
     sizes = {"right": 24, "left": 24, "left ": 5}
     for side, size in sizes.items():
-        model = _model()
-        whole = _padded(ids, side.strip(), 9 + len(found))
+        model = exact_model()
+        whole = padded(ids, side.strip(), 9 + len(found))
         loader = [
             dict(zip(whole, part, strict=True)) for part in zip(*(t.split(size) for t in whole.values()), strict=True)
         ]
@@ -213,7 +191,7 @@ def test_padding_and_company_do_not_change_the_static_weights(fit):
 
 @pytest.mark.parametrize("filling", [0, 5])
 def test_packed_rows_count_like_rows_of_their_own(filling):
-    ids, models = prompts(12), [_model(), _model()]
+    ids, models = prompts(12), [exact_model(), exact_model()]
     positions = torch.cat([torch.arange(9).repeat(3), torch.zeros(filling, dtype=torch.long)]).expand(4, -1)
     flat = F.pad(ids.reshape(4, 27), (0, filling))
     packed = {"input_ids": flat, "position_ids": positions, "use_cache": False}
@@ -286,8 +264,8 @@ def test_moments_do_not_grow_with_the_data_and_groups_change_nothing(monkeypatch
 @pytest.mark.parametrize("fit", ["core", "input"])
 def test_as_many_input_vectors_as_inputs(fit):
     model = adapted(r_a=32, target_modules=["q_proj"])
-    report = calibrate_trex_merge(model, _data(), fit=fit, progress=False)
-    for name, (x, y, _) in _record(model, _data()).items():
+    report = calibrate_trex_merge(model, padded_data(), fit=fit, progress=False)
+    for name, (x, y, _) in _record(model, padded_data()).items():
         missed = _missed(x, y, _layers(model)[name].get_delta_weight("default")) / y.square().sum().item()
         assert report.layers[name] == pytest.approx(missed, rel=1e-3)
 

@@ -9,7 +9,17 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from conftest import MAKERS, PAD, adapted, answered, batches, make_llama, pad_to, prompts, randomize
+from conftest import (
+    PAD,
+    adapted,
+    answered,
+    batches,
+    exact_model,
+    make_llama,
+    padded_data,
+    prompts,
+    randomize,
+)
 from peft import get_peft_model
 from sklearn.metrics import normalized_mutual_info_score
 from transformers import Trainer, TrainingArguments, default_data_collator
@@ -39,39 +49,6 @@ VARIANTS = {
     "t5": {"kind": "t5"},
     "external": {"prior_encoder": "external", "prior_dim": 5},
 }
-
-
-def _model(kind="llama", fit=True, **config):
-    external = config.get("prior_encoder") == "external"
-    fit = fit and config.get("use_prior", True) and not external
-    model = adapted(kind, fit=fit, base=MAKERS[kind]().double(), **config)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.double()
-    if external:
-        initialize_trex_prior(model, embeddings=_embeddings(40), progress=False)
-    return model
-
-
-def _embeddings(count):
-    return torch.randn(count, 5, generator=torch.Generator().manual_seed(0))
-
-
-def _padded(ids, side):
-    rows = [pad_to(row[: 3 + index % 7], 9, side) for index, row in enumerate(ids)]
-    ids, mask = (torch.stack(part) for part in zip(*rows, strict=True))
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-
-
-def _data(kind="llama", external=False, side="left"):
-    data = [_padded(part, side) for part in prompts(24, seed=3).split(8)]
-    for index, batch in enumerate(data):
-        if kind == "t5":
-            del batch["position_ids"]
-            answer = _padded(prompts(8, seed=4), "right")
-            batch["decoder_input_ids"], batch["decoder_attention_mask"] = answer["input_ids"], answer["attention_mask"]
-        if external:
-            batch["semantic_embeds"] = _embeddings(24)[8 * index : 8 * index + 8]
-    return data
 
 
 def _report(model, data, **kwargs):
@@ -143,8 +120,8 @@ def _close(found, expected, tolerance=1e-6):
 @pytest.mark.filterwarnings("ignore:The semantic prior of the adapter")
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_each_layer_as_measured(variant):
-    model = _model(**variant)
-    data = _data(variant.get("kind"), "prior_encoder" in variant)
+    model = exact_model(**variant)
+    data = padded_data(variant.get("kind"), "prior_encoder" in variant)
     report = _report(model, data)
     measured = _measure(model, data)
     assert report.layers.keys() == measured.keys()
@@ -196,8 +173,8 @@ def _flat(value):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_and_company_change_nothing(side):
-    model = _model()
-    padded = _data(side=side)
+    model = exact_model()
+    padded = padded_data(side=side)
     groups = [f"g{index % 3}" for index in range(8)]
     alone = [
         {"input_ids": row[mask.bool()][None], "task": [group]}
@@ -215,7 +192,7 @@ def test_padding_and_company_change_nothing(side):
 @pytest.mark.parametrize("labels_for", ["rows", "sequences"])
 @pytest.mark.parametrize("filling", [0, 3])
 def test_packed_sequences_count_as_prompts_of_their_own(filling, labels_for):
-    model = _model()
+    model = exact_model()
     rows = [row[: 4 + index % 5] for index, row in enumerate(prompts(6, seed=3))]
     groups = ["a", "b", "a", "b", "b", "a"] if labels_for == "sequences" else ["a"] * 6
     filler = torch.full((filling,), PAD)
@@ -233,8 +210,8 @@ def test_packed_sequences_count_as_prompts_of_their_own(filling, labels_for):
 
 
 def test_groups_clusters_and_what_they_tell():
-    model = _model(num_clusters=6, r_a=4)
-    data = [{**batch, "task": torch.arange(8) % 3} for batch in _data()]
+    model = exact_model(num_clusters=6, r_a=4)
+    data = [{**batch, "task": torch.arange(8) % 3} for batch in padded_data()]
     report = _report(model, data, group_by="task")
     assert report.groups == {"0": 9, "1": 9, "2": 6}
     tasks, clusters, means = [], [], {name: [] for name in report.layers}
@@ -279,8 +256,8 @@ def test_groups_clusters_and_what_they_tell():
 
 
 def test_labels_from_a_function_that_takes_them_out():
-    model = _model()
-    data = [{**batch, "task": ["a", "b"] * 4} for batch in _data()]
+    model = exact_model()
+    data = [{**batch, "task": ["a", "b"] * 4} for batch in padded_data()]
     by_name = _report(model, data, group_by="task")
     by_function = _report(model, data, group_by=lambda batch: [one.upper() for one in batch.pop("task")])
     assert by_function.groups == {"A": 12, "B": 12}
@@ -289,14 +266,14 @@ def test_labels_from_a_function_that_takes_them_out():
 
 
 def test_dead_and_duplicate_experts_are_named():
-    model = _model()
+    model = exact_model()
     name, layer = next(iter(_layers(model).items()))
     with torch.no_grad():
         layer.trex_A["default"][1] *= 1e-3  # experts 3, 4 and 5
         for parameter in (layer.trex_router["default"], layer.trex_map["default"]):
             parameter[2] = parameter[0]
         layer.trex_B["default"][:, 2] = -2 * layer.trex_B["default"][:, 0]
-    found = _report(model, _data()).layers
+    found = _report(model, padded_data()).layers
     assert found[name].dead == (3, 4, 5) and found[name].duplicates == ((0, 2),)
     assert all(not one.dead and not one.duplicates for other, one in found.items() if other != name)
 
@@ -476,7 +453,7 @@ def test_a_report_as_a_picture(deep, tmp_path):
 
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
 def test_pictures_of_other_models_and_without_groups(kind, tmp_path):
-    report = _report(adapted(kind, fit=False, use_prior=False), _data(kind))
+    report = _report(adapted(kind, fit=False, use_prior=False), padded_data(kind))
     report.plot(tmp_path / "report.svg")
     drawn = (tmp_path / "report.svg").read_text()
     for title in ("router&#x27;s entropy", "omega"):
