@@ -191,6 +191,32 @@ def test_starts_as_the_base_model():
     assert layer.trex_omega["default"] == 0 and layer.trex_gate["default"] == 0
 
 
+@pytest.mark.parametrize("router_rank", [None, 2])
+def test_without_a_prior_only_a_drawn_router_lets_the_output_vectors_differ(router_rank):
+    x = torch.randn(64, 6)
+    target = torch.randn(64, 7)
+    differences = {}
+    for start in (True, "random_router"):
+        torch.manual_seed(0)
+        layer = nn.Sequential(nn.Linear(6, 7))
+        config = TRexConfig(
+            r_a=2, r_b=3, use_prior=False, target_modules=["0"], init_weights=start, router_rank=router_rank
+        )
+        expected = layer(x)
+        model = get_peft_model(layer, config)
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        for _ in range(20):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), target).backward()
+            optimizer.step()
+        columns = layer[0].trex_B["default"].detach()
+        assert columns.abs().max() > 0.01
+        differences[start] = (columns - columns[:, :1]).abs().max()
+    assert differences[True] < 1e-6
+    assert differences["random_router"] > 1e-3
+
+
 def test_default_targets_are_all_linear_layers_but_the_head():
     model = get_peft_model(make_llama(), TRexConfig())
     targeted = {name.split(".")[-1] for name in model.targeted_module_names}

@@ -414,10 +414,10 @@ def test_every_method_trains(name, texts):
         ranks = found["core_rank"]
         if model.active_peft_config.expert_layout == "paired":
             assert ranks is None
-        elif model.active_peft_config.use_prior:
+        elif model.active_peft_config.use_prior or model.active_peft_config.init_weights == "random_router":
             assert max(ranks) > 1.01 and min(ranks) >= 1  # where omega has not shut the prior out
-        else:  # the router has hardly begun to tell experts apart
-            assert ranks == pytest.approx([1] * 14, abs=0.2)
+        else:  # nothing tells the output vectors apart
+            assert ranks == pytest.approx([1] * 14, abs=1e-3)
 
 
 def test_a_constant_prior_says_the_same_of_every_prompt(texts):

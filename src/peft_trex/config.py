@@ -75,9 +75,11 @@ class TRexConfig(PeftConfig):
             How the mixture is computed. "auto" takes the fast path, with a Triton kernel on GPUs, and the readable
             formula where a compiler fuses it. "reference" always takes the formula, which has second derivatives
             and works with `torch.func` and batched gradients. The results are equal up to rounding.
-        init_weights (`bool`):
+        init_weights (`bool` or `"random_router"`):
             True starts as in the paper: A and the learned map Kaiming-uniform, B and the router zero, so that the
-            adapter changes nothing at first. False makes B and the router Kaiming-uniform too (for tests).
+            adapter changes nothing at first. "random_router" draws the router too, and changes nothing at first
+            either: with a router of zeros only the prior tells the columns of B in a grid apart, and without a prior
+            they stay equal for good. False makes B Kaiming-uniform as well (for tests).
         trainable (`"all"` or `"router"`):
             "router" trains what chooses experts (R, the prior's map, omega and the gate) and keeps the experts (A and
             B) as they are, for an adapter that has them already: see [`trex_from_lora`]. A new adapter has none (B is
@@ -132,7 +134,9 @@ class TRexConfig(PeftConfig):
     mixture_implementation: Literal["auto", "reference"] = field(
         default="auto", metadata={"help": "'auto': the fast path; 'reference': the readable formula."}
     )
-    init_weights: bool = field(default=True, metadata={"help": "False: no part starts at zero (for tests)."})
+    init_weights: bool | Literal["random_router"] = field(
+        default=True, metadata={"help": "'random_router': only B starts at zero; False: nothing does (for tests)."}
+    )
     trainable: Literal["all", "router"] = field(
         default="all", metadata={"help": "'router': the experts themselves, A and B, stay as they are."}
     )
@@ -248,9 +252,11 @@ class TRexConfig(PeftConfig):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; it must be one of {', '.join(allowed)}.")
-        for name in ("use_router", "use_prior", "init_weights", "fan_in_fan_out"):
+        for name in ("use_router", "use_prior", "fan_in_fan_out"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}={getattr(self, name)!r} must be True or False.")
+        if not isinstance(self.init_weights, bool) and self.init_weights != "random_router":
+            raise ValueError(f"init_weights={self.init_weights!r} must be True, False or 'random_router'.")
         for name in ("token_scale", "prior_scale", "gate_temperature"):
             value = getattr(self, name)
             if name == "token_scale" and value is None:
@@ -281,6 +287,8 @@ class TRexConfig(PeftConfig):
             )
         if not self.use_router and self.router_rank is not None:
             raise ValueError(f"router_rank={self.router_rank} reduces the token router, which use_router=False drops.")
+        if not self.use_router and self.init_weights == "random_router":
+            raise ValueError("init_weights='random_router' draws the token router, which use_router=False drops.")
         for name in ("balance_loss_coef", "router_z_loss_coef"):
             if not self.use_router and getattr(self, name):
                 raise ValueError(

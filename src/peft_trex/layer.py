@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -115,9 +115,9 @@ class TRexLayer(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def reset_trex_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
-        """The paper's start (the adapter's output is zero), or with `init_weights=False` one where nothing is zero."""
-        starts_at_zero = {"trex_B", "trex_router"} if init_weights else set()
+    def reset_trex_parameters(self, adapter_name: str, init_weights: bool | Literal["random_router"] = True) -> None:
+        """The start that `TRexConfig.init_weights` names; with any but False the adapter's output is zero at first."""
+        starts_at_zero = {True: {"trex_B", "trex_router"}, "random_router": {"trex_B"}, False: set()}[init_weights]
         for name in ("trex_A", "trex_B", "trex_router", "trex_router_down", "trex_map"):
             parameters = getattr(self, name)
             if adapter_name not in parameters:
