@@ -52,6 +52,8 @@ def test_auto_map_is_the_identity_where_it_can_be(settings, learned):
         ({"expert_layout": "paired"}, ["r_a=4", "r_b=8", "r_a = r_b"]),
         ({"use_router": False, "token_scale": 2.0}, ["token_scale=2.0", "use_router=False"]),
         ({"use_router": False, "router_rank": 2}, ["router_rank=2", "use_router=False"]),
+        ({"prior_whitening": 0}, ["prior_whitening=0"]),
+        ({"prior_whitening": 16, "use_prior": False}, ["prior_whitening=16", "use_prior=False"]),
         ({"init_weights": "gaussian"}, ["init_weights='gaussian'", "'random_router'"]),
         ({"init_weights": 1}, ["init_weights=1", "True, False"]),
         ({"init_weights": "random_router", "use_router": False}, ["'random_router'", "use_router=False"]),

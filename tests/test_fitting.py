@@ -32,8 +32,8 @@ from peft_trex.sampling import Reservoir, _shares
 DIM = 16
 
 
-def _external(clusters=4, dim=DIM):
-    return adapted(fit=False, num_clusters=clusters, prior_encoder="external", prior_dim=dim)
+def _external(clusters=4, dim=DIM, **settings):
+    return adapted(fit=False, num_clusters=clusters, prior_encoder="external", prior_dim=dim, **settings)
 
 
 def _prior(model):
@@ -180,9 +180,9 @@ def samples(monkeypatch):
     """What is clustered, each time that it is."""
     seen, cluster = [], fitting._cluster
 
-    def watched(rows, *others):
+    def watched(rows, *others, **options):
         seen.append(rows.copy())
-        return cluster(rows, *others)
+        return cluster(rows, *others, **options)
 
     monkeypatch.setattr(fitting, "_cluster", watched)
     return seen
@@ -368,6 +368,68 @@ def test_a_look_that_comes_too_early_does_no_harm():
     assert report.settled and 800 < report.prompts < 20000
 
 
+def _drowned(count=4000):
+    """Embeddings (count, DIM) of four tasks, of two materials whose difference is 20 times as large."""
+    generator = np.random.default_rng(0)
+    embeddings, labels = _tasks(count, spread=0.2)
+    material = np.random.default_rng(2).standard_normal(DIM)
+    return (embeddings + 20 * generator.integers(0, 2, (count, 1)) * material).astype(np.float32), labels
+
+
+def test_whitened_prompts_are_compared_along_their_principal_directions():
+    embeddings, labels = _drowned()
+    plain, model = _external(), _external(prior_whitening=4)
+    for each in (plain, model):
+        initialize_trex_prior(each, embeddings=embeddings, progress=False)
+    prior, given = _prior(model), torch.from_numpy(embeddings)
+    variances, directions = torch.linalg.eigh(torch.cov(given.double().T))
+    directions = directions[:, -4:] / variances[-4:].sqrt()
+    found = prior.direction(given).double()
+    torch.testing.assert_close(torch.cov(found.T), torch.eye(4).double(), atol=1e-3, rtol=0)
+    along = (given.double() - given.double().mean(0)) @ directions
+    torch.testing.assert_close(found @ found.T, along @ along.T, atol=1e-2, rtol=1e-3)  # whatever their signs
+    torch.testing.assert_close(prior.centroids.norm(dim=-1), torch.ones(4))
+    scores = prior.score(given)
+    torch.testing.assert_close(scores, F.normalize(found.float(), dim=-1) @ prior.centroids.T)
+    torch.testing.assert_close(prior.mean_scores, scores.mean(0), atol=1e-5, rtol=1e-4)
+    known = [normalized_mutual_info_score(labels, _prior(each).score(given).argmax(1)) for each in (plain, model)]
+    assert known[0] < 0.7 and known[1] > known[0] + 0.2
+    pulled = (given - prior.mean) @ prior.pulled_back().T
+    factor = (pulled / scores).median(1).values[:, None]
+    assert (factor > 0).all() and prior.pulled_back().norm(dim=-1).max() == pytest.approx(1)
+    torch.testing.assert_close(pulled, factor * scores, atol=1e-3, rtol=1e-3)
+
+
+def test_whitened_centroids_settle_in_directions_of_their_own():
+    # four corners that are equally far from each other: no direction is the first, and each sample has its own
+    noise = np.random.default_rng(0).standard_normal((20000, DIM))
+    embeddings = (5 * np.eye(4, DIM)[np.arange(20000) % 4] + 0.2 * noise).astype(np.float32)
+    model = _external(prior_whitening=3)
+    report = initialize_trex_prior(model, _loader(embeddings), tolerance=0.01, progress=False)
+    assert report.settled and report.prompts < 5000
+
+
+@pytest.mark.parametrize(
+    ("whitening", "given", "message"),
+    [
+        (4, np.ones((50, DIM)), "prior_whitening=4, but the embeddings of the 50 prompts vary in 0 directions"),
+        (4, np.eye(3, DIM)[np.arange(60) % 3], "vary in 2 directions"),
+        (8, _tasks(6)[0], "the embeddings of the 6 prompts vary in 5 directions"),
+    ],
+)
+def test_too_few_directions_to_whiten(whitening, given, message):
+    model = _external(prior_whitening=whitening)
+    before = _state(model)
+    with pytest.raises(ValueError, match=message):
+        initialize_trex_prior(model, embeddings=given.astype(np.float32), progress=False)
+    assert _same(before, _state(model)) and not _prior(model).fitted
+
+
+def test_more_directions_than_the_embedding_has():
+    with pytest.raises(ValueError, match="prior_whitening=33 is more than 32, the width"):
+        adapted(prior_whitening=33)
+
+
 # several processes
 
 
@@ -439,7 +501,7 @@ def _fit(rank, how):
             "trained on a stream": lambda: _trained(_Rows()),
             "trained on a stream, not dispatched": lambda: _trained(_Rows(), dispatch_batches=False),
         }[how]()
-    model, options = adapted(), {}
+    model, options = adapted(prior_whitening=8 if how == "whitened" else None), {}
     data = _shared(rank)
     embeddings = [_tasks(3000)[0], _tasks(1000, seed=5)[0]][rank]
     if how == "unequal":
@@ -463,7 +525,7 @@ def _fit(rank, how):
         data = _dispatched(rank)
     elif how == "argument":
         options["max_batches"] = -rank or None
-    elif rank == 1 and how != "shared out":
+    elif rank == 1 and how not in ("shared out", "whitened"):
         data = _failing(data, {"raises": OSError, "interrupted": KeyboardInterrupt}.get(how, how))
     before, fitted = _state(model), _prior(model).fitted
     try:
@@ -498,7 +560,8 @@ def _run_rank(folder, *cases):
 CASES = (
     "shared out",
     "not shared out",
-    "unequal",
+    "shared out",
+    "whitened",
     "one has none",
     "sampled",
     "settled",
@@ -552,6 +615,7 @@ def two_ranks(tmp_path_factory):
     ("how", "report"),
     [
         ("shared out", [400, 400, 400, False]),
+        ("whitened", [400, 400, 400, False]),
         ("not shared out", [800, 800, 800, False]),
         ("unequal", [208, 208, 208, False]),
         ("one has none", [200, 200, 200, False]),

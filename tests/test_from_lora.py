@@ -500,6 +500,7 @@ def test_files_that_are_not_read(tmp_path):
     [
         ({"use_router": False, "use_prior": True}, ValueError, "use_router=False leaves no such start"),
         ({"router_top_k": 2}, ValueError, "router_top_k=2 leaves no such start"),
+        ({"init_weights": "random_router"}, ValueError, "init_weights=random_router leaves no such start"),
         ({"use_prior": True, "prior_map": "identity", "num_clusters": 6}, ValueError, "use prior_map='learned'"),
         (
             {"expert_pattern": {"model.layers.0.self_attn.q_proj": {"inputs": [0], "outputs": [0]}}},

@@ -31,6 +31,7 @@ VARIANTS = {
     "paired": {"expert_layout": "paired", "r_a": 3, "r_b": 3, "num_clusters": 3},
     "no router": {"use_router": False},
     "no prior": {"use_prior": False},
+    "whitened": {"prior_whitening": 5},
     "head and bias": {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"], "bias": "trex_only"},
 }
 

@@ -51,22 +51,22 @@ def export(model, folder):
     return folder
 
 
-def external_model():
-    model = adapted(fit=False, prior_encoder="external", prior_dim=DIM)
+def external_model(**settings):
+    model = adapted(fit=False, prior_encoder="external", prior_dim=DIM, **settings)
     embeddings = torch.randn(40, DIM, generator=torch.Generator().manual_seed(0)) + 0.5
     initialize_trex_prior(model, embeddings=embeddings, progress=False)
     return model
 
 
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory):
-    model = adapted()
+@pytest.fixture(scope="module", params=[None, 5], ids=["", "whitened"])
+def tokens(tmp_path_factory, request):
+    model = adapted(prior_whitening=request.param)
     return model, SemanticRouter.from_pretrained(export(model, tmp_path_factory.mktemp("tokens")))
 
 
-@pytest.fixture(scope="module")
-def external(tmp_path_factory):
-    model = external_model()
+@pytest.fixture(scope="module", params=[None, 5], ids=["", "whitened"])
+def external(tmp_path_factory, request):
+    model = external_model(prior_whitening=request.param)
     return model, SemanticRouter.from_pretrained(export(model, tmp_path_factory.mktemp("external")))
 
 

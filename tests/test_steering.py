@@ -235,10 +235,10 @@ def test_gradients(kind, checkpointing):
 
 
 def _values(model, centroids):
-    """What can be given for all rows, and the centred embedding that it should stand for."""
+    """What can be given for all rows, and what it should stand for, as it is compared with the centroids."""
     weights = torch.tensor([0.25, 0.0, 0.75, 0.0])
     batch = {"input_ids": torch.stack([row for row in prompts(1, seed=8)])}
-    embedding = model.get_input_embeddings()(batch["input_ids"]).mean(1) - _prior(model).mean
+    embedding = _prior(model).direction(model.get_input_embeddings()(batch["input_ids"]).mean(1))
     padded = {"input_ids": torch.cat([torch.zeros(1, 3, dtype=torch.long), batch["input_ids"]], 1)}
     padded["attention_mask"] = torch.cat([torch.zeros(1, 3), torch.ones(1, 9)], 1)
     labels = batch["input_ids"].masked_fill(torch.arange(9) < 9, -100)
@@ -264,8 +264,10 @@ def _values(model, centroids):
 VALUES = tuple(_values(adapted(), torch.eye(K, 32)))
 
 
+@pytest.mark.parametrize("whitening", [None, 5])
 @pytest.mark.parametrize("value", VALUES)
-def test_what_can_be_given(decoder, value):
+def test_what_can_be_given(value, whitening):
+    decoder = adapted(prior_whitening=whitening)
     given, direction = _values(decoder, _prior(decoder).centroids)[value]
     scores = torch.nn.functional.cosine_similarity(direction[:, None], _prior(decoder).centroids[None], dim=-1)
     with torch.no_grad():
@@ -511,7 +513,7 @@ def test_clusters_that_cancel_out():
 
 def test_autocast_does_not_round_a_mixture(decoder):
     weights = torch.tensor([[0.3, 0.1, 0.7, 0.0]])
-    expected = _prior(decoder).score_centred(weights @ _prior(decoder).centroids)
+    expected = _prior(decoder).score_direction(weights @ _prior(decoder).centroids)
     layer = next(module for module in decoder.modules() if isinstance(module, TRexLayer))
     seen = []
     hook = layer.register_forward_pre_hook(lambda layer, args: seen.append(layer._channel.scores("default", args[0])))

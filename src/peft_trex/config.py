@@ -71,6 +71,11 @@ class TRexConfig(PeftConfig):
             embeddings that each forward and generate gets as `semantic_embeds` (B, prior_dim).
         prior_dim (`int`, *optional*):
             Width of the external embeddings; only with `prior_encoder="external"`, and needed there.
+        prior_whitening (`int`, *optional*):
+            Compare prompts along this many principal directions of the training prompts' embeddings, each scaled to
+            the same variance, so that the strongest (what the prompts are made of, say: words or numbers) does not
+            drown those that tell tasks apart. 16 is a good number for some tens of tasks. None, the paper's, compares
+            the embeddings as they are.
         mixture_implementation (`"auto"` or `"reference"`):
             How the mixture is computed. "auto" takes the fast path, with a Triton kernel on GPUs, and the readable
             formula where a compiler fuses it. "reference" always takes the formula, which has second derivatives
@@ -131,6 +136,9 @@ class TRexConfig(PeftConfig):
         default="input_embeddings", metadata={"help": "What the prior is computed from."}
     )
     prior_dim: int | None = field(default=None, metadata={"help": "Width of external embeddings."})
+    prior_whitening: int | None = field(
+        default=None, metadata={"help": "Principal directions that prompts are compared along; None: all, unscaled."}
+    )
     mixture_implementation: Literal["auto", "reference"] = field(
         default="auto", metadata={"help": "'auto': the fast path; 'reference': the readable formula."}
     )
@@ -238,7 +246,7 @@ class TRexConfig(PeftConfig):
     def _check_values(self) -> None:
         for name in ("r_a", "r_b", "num_clusters"):
             _check_int(name, getattr(self, name))
-        for name in ("prior_dim", "router_rank", "router_top_k"):
+        for name in ("prior_dim", "prior_whitening", "router_rank", "router_top_k"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name))
         choices = {
@@ -305,6 +313,8 @@ class TRexConfig(PeftConfig):
             raise ValueError(f"prior_map={self.prior_map!r} maps the prior, which use_prior=False drops.")
         if not self.use_prior and self.prior_encoder != "input_embeddings":
             raise ValueError(f"prior_encoder={self.prior_encoder!r} feeds the prior, which use_prior=False drops.")
+        if not self.use_prior and self.prior_whitening is not None:
+            raise ValueError(f"prior_whitening={self.prior_whitening} is for the prior, which use_prior=False drops.")
         if self.trainable == "router" and not (self.use_router or self.learned_map):
             raise ValueError(
                 "trainable='router' trains what chooses experts, but there is nothing that does: use_router=False, "

@@ -185,7 +185,7 @@ def target_names(model: nn.Module, layers: dict[str, TRexLayer]) -> list[str] | 
 def _save_router(folder: Path, tuner: TRexModel, adapter_name: str, clusters: list[str]) -> None:
     config, prior = tuner.config_of(adapter_name), tuner.prior_of(adapter_name)
     assert prior is not None  # its clusters were calibrated
-    tensors = {"centroids": prior.centroids.float(), "mean": prior.mean.float()}
+    tensors = {"centroids": prior.pulled_back(), "mean": prior.mean.float()}
     if config.prior_encoder == "input_embeddings":
         tensors["token_scores"] = _token_scores(tuner, prior)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -211,7 +211,7 @@ def _token_scores(tuner: TRexModel, prior: SemanticPrior) -> Tensor:
     training, embedding.training = embedding.training, False
     try:
         device = embedding.weight.device
-        centroids = prior.centroids.to(device).float().T
+        centroids = prior.pulled_back().to(device).T
         with torch.autocast(device.type, enabled=False):
             parts = torch.arange(embedding.num_embeddings, device=device).split(4096)
             return torch.cat([embedding(part).float() @ centroids for part in parts])

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 from sklearn.cluster import MiniBatchKMeans
+from sklearn.decomposition import PCA
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -31,6 +32,7 @@ GIVE_EMBEDDINGS = "embeddings=, of shape (N, prior_dim)"
 SAMPLE_BYTES = 256 * 10**6  # of embeddings that are held and clustered,
 SAMPLE_PER_CLUSTER = 256  # but at least so many for each cluster
 SETTLED_FROM = 100  # prompts for each cluster, before a look whether the centroids have settled
+FLAT = 1e-4  # of the largest standard deviation: a direction that varies less is rounding
 MEET = 256  # batches, at most, between two meetings of the ranks
 
 
@@ -42,7 +44,7 @@ class TRexPriorReport:
         prompts: number of prompts seen, by all processes together.
         cluster_sizes: how many of the sampled prompts are in each of the K clusters.
         explained_variance: share, in [0, 1], of the sampled embeddings' variance that lies between the clusters; the
-            embeddings centred and normalised.
+            embeddings centred, whitened if the adapter does so, and normalised.
         sampled: number of prompts that were clustered: all, or as many as memory is kept for.
         settled: whether reading stopped because the centroids had settled (see `tolerance`).
     """
@@ -70,9 +72,9 @@ def initialize_trex_prior(
 
     A prompt's embedding is the mean of the frozen input embeddings over its tokens: those that are attended to and,
     in a causal language model that is given labels or a `completion_mask`, come before the first that is predicted.
-    The embeddings are centred by their mean, normalised, and clustered with k-means. Centroids, mean, and the mean
-    score of each cluster are stored with the adapter, which saves, loads and pushes them. The adapter is touched only
-    when all is done.
+    The embeddings are centred by their mean, whitened where the adapter has `prior_whitening`, normalised, and
+    clustered with k-means. Centroids, mean, whitening, and the mean score of each cluster are stored with the adapter,
+    which saves, loads and pushes them. The adapter is touched only when all is done.
 
     Memory does not grow with the data: k-means gets a uniform sample of the prompts, drawn as they come, of at most
     256 MB (62,500 prompts at width 1024), or 256 prompts for each cluster where that is more. Data that come sorted by
@@ -108,7 +110,7 @@ def initialize_trex_prior(
 
     Raises:
         ValueError, TypeError: if there is no such adapter, it has no prior, the data do not fit its encoder, hold NaN,
-            or have fewer distinct prompts than the adapter has clusters.
+            have fewer distinct prompts than the adapter has clusters, or vary in fewer directions than it whitens.
         RuntimeError: if another rank failed.
     """
     with Ranks() as ranks:  # first of all, so that no error on a single rank leaves the others waiting
@@ -143,7 +145,7 @@ def initialize_trex_prior(
         held = nullcontext() if external else tuner.prompts.scorer.whole_embedding()
         with held, source as batches:
             fit = _fit_stream(batches, embed, prior, ranks, seed, tolerance)
-        prior.set(fit.centroids, fit.mean, fit.mean_scores)
+        prior.set(fit.centroids, fit.mean, fit.mean_scores, fit.whitening)
         tuner.forget_static(adapter_name)
     return fit.report
 
@@ -294,10 +296,20 @@ def _embed_batch(tuner: TRexModel, dim: int, external: bool, batch: Any, tokeniz
 
 @dataclass(frozen=True)
 class _Fit:
-    centroids: Tensor  # (K, d)
+    centroids: Tensor  # (K, d), or (K, p) whitened
     mean: Tensor  # (d,)
     mean_scores: Tensor  # (K,)
+    whitening: Tensor | None  # (p, d)
     report: TRexPriorReport
+
+    def apart(self, other: _Fit) -> float:
+        """Mean of 1 - cos between the centroids and another fit's, matched one to one so that it is smallest."""
+        own, others = (  # whitened, each fit has directions of its own
+            fit.centroids if fit.whitening is None else nn.functional.normalize(fit.centroids @ fit.whitening, dim=-1)
+            for fit in (self, other)
+        )
+        distances = (1 - own.double() @ others.double().T).numpy()
+        return float(distances[linear_sum_assignment(distances)].mean())
 
 
 def _fit_stream(
@@ -309,7 +321,8 @@ def _fit_stream(
     tolerance: float | None,
 ) -> _Fit:
     """Reads, samples and clusters, together with the other ranks."""
-    clusters, dim = prior.centroids.shape
+    clusters, dim = prior.centroids.shape[0], prior.dim
+    whitened = None if prior.whitening is None else prior.whitening.shape[0]
     capacity = max(SAMPLE_BYTES // (4 * dim), SAMPLE_PER_CLUSTER * clusters)
     reservoir = Reservoir(capacity, dim, (seed, ranks.rank))
     former: _Fit | None = None
@@ -329,7 +342,8 @@ def _fit_stream(
         gathered = ranks.gather(reservoir, seen, capacity)
         if gathered is not None and not last and ranks.size == 1:
             gathered = gathered[0].copy(), gathered[1]  # clustering overwrites it, and the reservoir is still needed
-        look = partial(_look, gathered, clusters, prompts, seed, former, None if last else tolerance)
+        cluster = partial(_cluster, clusters=clusters, prompts=prompts, seed=seed, whitened=whitened)
+        look = partial(_look, gathered, cluster, prompts, former, None if last else tolerance)
         former = ranks.from_first(look)
         if last or (former is not None and former.report.settled):
             assert former is not None
@@ -339,9 +353,8 @@ def _fit_stream(
 
 def _look(
     gathered: tuple[np.ndarray, np.ndarray] | None,
-    clusters: int,
+    cluster: Callable[[np.ndarray, np.ndarray], _Fit],
     prompts: int,
-    seed: int,
     former: _Fit | None,
     tolerance: float | None,
 ) -> _Fit | None:
@@ -349,12 +362,12 @@ def _look(
     assert gathered is not None  # on rank 0, where this is called
     rows, total = gathered
     try:
-        fit = _cluster(rows, (total / max(prompts, 1)).astype(np.float32), clusters, prompts, seed)
-    except ValueError:  # too few distinct prompts
+        fit = cluster(rows, (total / max(prompts, 1)).astype(np.float32))
+    except ValueError:  # too few distinct prompts, or directions
         if tolerance is None:
             raise
         return None
-    if tolerance is None or former is None or _distance(former.centroids, fit.centroids) >= tolerance:
+    if tolerance is None or former is None or fit.apart(former) >= tolerance:
         return fit
     return replace(fit, report=replace(fit.report, settled=True))
 
@@ -390,13 +403,17 @@ def _read(
         yield number, ended, error
 
 
-def _cluster(rows: np.ndarray, mean: np.ndarray, clusters: int, prompts: int, seed: int) -> _Fit:
+def _cluster(
+    rows: np.ndarray, mean: np.ndarray, *, clusters: int, prompts: int, seed: int, whitened: int | None
+) -> _Fit:
     """k-means on a sample (n, d), which is overwritten, of a number of prompts with this mean (d,)."""
     if not len(rows):
         raise ValueError("None of the prompts has a token, or an embedding that is not zero.")
-    unit = rows
-    for part in _slices(unit):
+    for part in _slices(rows):
         part -= mean
+    whitening = None if whitened is None else _whitening(rows, whitened, seed)
+    unit = rows if whitening is None else rows @ whitening.T
+    for part in _slices(unit):
         part[:] = torch.nn.functional.normalize(torch.from_numpy(part), dim=-1).numpy()
     # rounded, because the mean over a prompt's tokens differs in its last bits with the padding of its batch
     distinct = unit[:0]
@@ -425,14 +442,28 @@ def _cluster(rows: np.ndarray, mean: np.ndarray, clusters: int, prompts: int, se
         explained_variance=float(np.clip(1 - within / around, 0, 1)),
         sampled=len(unit),
     )
-    return _Fit(centroids, torch.from_numpy(mean), torch.from_numpy(middle) @ centroids.T, report)
+    mean_scores = torch.from_numpy(middle) @ centroids.T
+    return _Fit(
+        centroids,
+        torch.from_numpy(mean),
+        mean_scores,
+        None if whitening is None else torch.from_numpy(whitening),
+        report,
+    )
+
+
+def _whitening(rows: np.ndarray, whitened: int, seed: int) -> np.ndarray:
+    """(p, d): the leading principal directions of rows (n, d), each over its standard deviation."""
+    found = PCA(min(whitened, *rows.shape), random_state=seed).fit(rows)
+    deviations = np.sqrt(found.explained_variance_)
+    varied = int((deviations > FLAT * deviations[0]).sum())
+    if varied < whitened:
+        raise ValueError(
+            f"prior_whitening={whitened}, but the embeddings of the {len(rows)} prompts vary in {varied} directions. "
+            "Give more prompts, or build the adapter with a smaller prior_whitening."
+        )
+    return (found.components_ / deviations[:, None]).astype(np.float32)
 
 
 def _slices(array: np.ndarray, size: int = PART) -> Iterator[np.ndarray]:
     return (array[start : start + size] for start in range(0, len(array), size))
-
-
-def _distance(former: Tensor, new: Tensor) -> float:
-    """Mean of 1 - cos between centroids (K, d) and the former ones, matched one to one so that it is smallest."""
-    apart = (1 - new.double() @ former.double().T).numpy()
-    return float(apart[linear_sum_assignment(apart)].mean())

@@ -325,7 +325,7 @@ def _settings(given: dict[str, Any], loras: list[_Lora], layers: Mapping[str, li
     tasks = {lora.config.task_type for lora in loras}
     values.setdefault("task_type", tasks.pop() if len(tasks) == 1 else None)
     config = TRexConfig(**values)
-    for name, wanted in (("use_router", True), ("router_top_k", None)):
+    for name, wanted in (("use_router", True), ("router_top_k", None), ("init_weights", True)):
         if getattr(config, name) != wanted:
             raise ValueError(
                 f"{name}={getattr(config, name)} leaves no such start: all experts begin with equal weights from the "

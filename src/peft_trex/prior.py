@@ -24,20 +24,30 @@ class SemanticPrior(nn.Module):
     """Centroids of the training prompts' embeddings, and the score of a prompt against each of them.
 
     `s_k = cos(e - mean, c_k)` for the prompt's embedding `e` (arXiv 2404.08985, the instance-level intuition; the
-    centring is ours). The buffers are saved and loaded with the adapter; all are zero until the prior is fitted.
+    centring is ours), or `cos(W (e - mean), c_k)` with whitening `W`. The buffers are saved and loaded with the
+    adapter; all are zero until the prior is fitted.
 
     Args:
         num_clusters: K.
         dim: d, the embedding's width.
+        whitened: p, the number of principal directions that prompts are compared along; None for all of the
+            embedding, as it is.
+
+    Raises:
+        ValueError: if p is more than d.
     """
 
-    centroids: Tensor  # (K, d), rows of length one
+    centroids: Tensor  # (K, d), or (K, p) whitened; rows of length one
+    whitening: Tensor | None  # (p, d): W
     mean: Tensor  # (d,), the training prompts' mean embedding
     mean_scores: Tensor  # (K,), the mean score of each cluster over the training prompts
 
-    def __init__(self, num_clusters: int, dim: int) -> None:
+    def __init__(self, num_clusters: int, dim: int, whitened: int | None = None) -> None:
         super().__init__()
-        self.register_buffer("centroids", torch.zeros(num_clusters, dim))
+        if whitened is not None and whitened > dim:
+            raise ValueError(f"prior_whitening={whitened} is more than {dim}, the width of the prompts' embeddings.")
+        self.register_buffer("centroids", torch.zeros(num_clusters, whitened or dim))
+        self.register_buffer("whitening", torch.zeros(whitened, dim) if whitened else None)
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("mean_scores", torch.zeros(num_clusters))
         self._fitted: bool | None = None
@@ -60,9 +70,12 @@ class SemanticPrior(nn.Module):
         self._fitted = None if self.centroids.is_meta else bool(self.centroids.any())
 
     @torch.no_grad()
-    def set(self, centroids: Tensor, mean: Tensor, mean_scores: Tensor) -> None:
+    def set(self, centroids: Tensor, mean: Tensor, mean_scores: Tensor, whitening: Tensor | None = None) -> None:
         """Take over a finished fit, all at once."""
         self.centroids.copy_(F.normalize(centroids, dim=-1))
+        if self.whitening is not None:
+            assert whitening is not None
+            self.whitening.copy_(whitening)
         self.mean.copy_(mean)
         self.mean_scores.copy_(mean_scores)
         self.look()
@@ -70,14 +83,37 @@ class SemanticPrior(nn.Module):
     @torch.no_grad()
     def score(self, embedding: Tensor) -> Tensor:
         """Scores (B, K) in [-1, 1], float32, of prompt embeddings (B, d)."""
-        return self.score_centred(embedding.float() - self.mean.to(embedding.device).float())
+        return self.score_direction(self.direction(embedding))
 
     @torch.no_grad()
-    def score_centred(self, direction: Tensor) -> Tensor:
-        """The same of embeddings (B, d) from which the mean has been taken."""
+    def direction(self, embedding: Tensor) -> Tensor:
+        """What is compared with the centroids, (B, d) or (B, p), float32, of prompt embeddings (B, d)."""
+        device = embedding.device
+        centred = embedding.float() - self.mean.to(device).float()
+        if self.whitening is None:
+            return centred
+        with torch.autocast(device.type, enabled=False):
+            return centred @ self.whitening.to(device).float().T
+
+    @torch.no_grad()
+    def score_direction(self, direction: Tensor) -> Tensor:
+        """Scores (B, K) of such directions, of any length."""
         device = direction.device
         with torch.autocast(device.type, enabled=False):
             return F.normalize(direction.float(), dim=-1) @ self.centroids.to(device).float().T
+
+    @torch.no_grad()
+    def pulled_back(self) -> Tensor:
+        """(K, d), float32: the vectors whose products with `e - mean` are the scores, up to a factor of the prompt's.
+
+        The longest has length one.
+        """
+        centroids = self.centroids.float()
+        if self.whitening is None:
+            return centroids
+        with torch.autocast(centroids.device.type, enabled=False):
+            vectors = centroids @ self.whitening.float()
+        return vectors / vectors.norm(dim=-1).max().clamp(min=1e-30)
 
 
 @dataclass(frozen=True)

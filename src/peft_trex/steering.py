@@ -165,7 +165,7 @@ def resolve(tuner: TRexModel, value: Any, adapters: list[str]) -> Steering:
             directions, known = _examples(tuner, name, prior, each)
         else:
             directions, known = _clusters(prior, each)
-        scores[name] = prior.score_centred(directions)
+        scores[name] = prior.score_direction(directions)
         # a look would break a compiled graph
         whole = not torch.compiler.is_compiling() and bool(known.all())
         chosen[name] = None if whole else known.to(scores[name].device)
@@ -248,4 +248,4 @@ def _examples(
         if prompts.index is not None:
             raise ValueError(f"The example in {SEMANTIC_PRIOR} packs several prompts in a row; give each its own.")
         known = prompts.known
-    return embeds.float() - prior.mean.to(embeds.device), known
+    return prior.direction(embeds), known
