@@ -32,7 +32,7 @@ def diagnose(model: Any, texts: Texts, rows: Sequence[Row], most: int = 128, bat
     report = routing_report(model, _prompts(texts, list(rows)[:most], batch_rows), group_by="task", progress=False)
     layers = list(report.layers.values())
     found = {name: _of(layers, field) for name, field in BY_LAYER.items()}
-    by_model = {name: getattr(report, name) for name in ("prior_spread", "purity", "nmi")}
+    by_model = {name: getattr(report, name) for name in ("prior_spread", "purity", "nmi", "group_overlap")}
     return {**found, **{name: value if value is None else round(value, 4) for name, value in by_model.items()}}
 
 

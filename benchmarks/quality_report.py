@@ -293,7 +293,7 @@ def _tuning(part: Part) -> str:
 
 
 BY_LAYER = ("omega", "gate", "token_entropy", "token_share", "task_share", "core_rank")
-BY_MODEL = ("prior_spread", "purity", "nmi")
+BY_MODEL = ("prior_spread", "purity", "nmi", "group_overlap")
 
 
 def _diagnosis(part: Part) -> str:

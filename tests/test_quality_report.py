@@ -445,7 +445,7 @@ def test_table_of_what_is_inside(written):
         }
     rows[2]["diagnosis"] = {"omega": [1.0], "gate": [1.0], "purity": None, "nmi": None}
     text = written(rows)[0].split("**Inside T-REX**")[1]
-    assert _line(text, TREX)[1:] == ["0.30 (0.20 to 0.70)"] * 2 + ["", "", "", "", "", "0.60", ""]
+    assert _line(text, TREX)[1:] == ["0.30 (0.20 to 0.70)"] * 2 + ["", "", "", "", "", "0.60", "", ""]
     assert _line(text, NO_PRIOR)[1:3] == ["1.00 (1.00 to 1.00)"] * 2
     assert f"| {LORA} |" not in text
 

@@ -214,7 +214,7 @@ def test_groups_clusters_and_what_they_tell():
     data = [{**batch, "task": torch.arange(8) % 3} for batch in padded_data()]
     report = _report(model, data, group_by="task")
     assert report.groups == {"0": 9, "1": 9, "2": 6}
-    tasks, clusters, means = [], [], {name: [] for name in report.layers}
+    tasks, clusters, scores, means = [], [], [], {name: [] for name in report.layers}
     joint = {name: torch.zeros(3, 12).double() for name in report.layers}
     plain = [{key: value for key, value in batch.items() if key != "task"} for batch in data]
     handles = []
@@ -229,6 +229,7 @@ def test_groups_clusters_and_what_they_tell():
                 joint[name][task] += (own.abs() / own.abs().sum(-1, keepdim=True)).sum(0)
             if name == next(iter(report.layers)):
                 clusters.extend(clusters_here)
+                scores.extend(layer._channel.scores("default", args[0]).float())
                 tasks.extend((torch.arange(8) % 3).tolist())
 
         return hook
@@ -244,6 +245,10 @@ def test_groups_clusters_and_what_they_tell():
     pairs = list(zip(clusters, tasks, strict=True))
     best = [max(pairs.count((cluster, task)) for task in range(3)) for cluster in range(6)]
     assert report.purity == pytest.approx(sum(best) / 24)
+    of_tasks = [sum(scores[row] for row in range(24) if tasks[row] == task) for task in range(3)]
+    overlaps = [float(torch.cosine_similarity(of_tasks[a], of_tasks[b], dim=0)) for a, b in ((0, 1), (0, 2), (1, 2))]
+    assert report.group_overlap == pytest.approx(sum(map(abs, overlaps)) / 3, abs=1e-5)
+    assert f"Those of two groups overlap by {report.group_overlap:.2f}." in report.to_markdown()
     for name, layer in report.layers.items():
         parts = (joint[name].sum(0), joint[name].sum(1), joint[name].flatten())
         of_experts, of_groups, of_both = (torch.distributions.Categorical(probs=part).entropy() for part in parts)

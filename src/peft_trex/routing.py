@@ -107,6 +107,8 @@ class RoutingReport:
         prior_spread: standard deviation of a prompt's cluster scores, mean over the prompts.
         purity: share of the prompts whose group is the commonest of their cluster.
         nmi: normalised mutual information of the prompts' clusters and groups (arithmetic mean), in [0, 1].
+        group_overlap: mean of |cos| between two groups' mean scores, in [0, 1]: at 0 each group has a prior of its
+            own, at 1 all have the same or its opposite. Where it is large, see `TRexConfig.prior_whitening`.
     """
 
     adapter_name: str
@@ -118,6 +120,7 @@ class RoutingReport:
     prior_spread: float | None
     purity: float | None
     nmi: float | None
+    group_overlap: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """All but the layers' moments, as what JSON can hold."""
@@ -334,6 +337,7 @@ class _Clusters:
         self.adapter_name = adapter_name
         self.seen = False  # whether the batch that runs is counted
         self.counts: dict[str | None, Tensor] = {}  # (K + 1,)
+        self.scores: dict[str, Tensor] = {}  # (K,), their sum
         self.spread = self.known = 0.0
 
     def count(self, layer: TRexLayer, rows: Rows, x: Tensor, kept: Tensor) -> None:
@@ -359,6 +363,15 @@ class _Clusters:
                 if label not in self.counts:
                     self.counts[label] = torch.zeros(own.shape[-1] + 1, dtype=torch.long)
                 self.counts[label][cluster] += 1
+                if label is not None:
+                    self.scores[label] = self.scores.get(label, 0) + own[number].cpu()
+
+    def overlap(self) -> float | None:
+        """Mean |cos| between the scores of two groups."""
+        if len(self.scores) < 2:
+            return None
+        means = torch.nn.functional.normalize(torch.stack(list(self.scores.values())), dim=-1)
+        return float((means @ means.T).abs()[tuple(torch.triu_indices(len(means), len(means), 1))].mean())
 
 
 class _Sums:
@@ -572,7 +585,7 @@ def _report(adapter_name: str, sums: Mapping[str, _Sums], clusters: _Clusters) -
     groups = {label: counted[label] for label in sorted(counted)}
     table = {label: counts[:-1] for label, counts in clusters.counts.items()}
     total = sum(table.values(), torch.zeros((), dtype=torch.long))
-    purity = nmi = None
+    purity = nmi = overlap = None
     named = [counts for label, counts in table.items() if label is not None]
     if named and clusters.known:
         joint = torch.stack(named).double()
@@ -580,6 +593,7 @@ def _report(adapter_name: str, sums: Mapping[str, _Sums], clusters: _Clusters) -
         entropies = [float(entropy_of(joint.sum(axis) / joint.sum())) for axis in (0, 1)]
         # a single cluster and a single group agree
         nmi = _mutual_information(joint) / statistics.mean(entropies) if any(entropies) else 1.0
+        overlap = clusters.overlap()
     return RoutingReport(
         adapter_name,
         max(found.tokens for found in seen.values()),
@@ -590,6 +604,7 @@ def _report(adapter_name: str, sums: Mapping[str, _Sums], clusters: _Clusters) -
         clusters.spread / clusters.known if clusters.known else None,
         purity,
         nmi,
+        overlap,
     )
 
 
@@ -656,6 +671,11 @@ def _tables(report: RoutingReport) -> list[str]:
         parts.append(
             f"Clusters: {sum(report.clusters)} prompts in {len(filled)} of {len(report.clusters)}; the largest hold "
             f"{', '.join(map(str, filled[:NAMED]))}. Scores of a prompt spread by {report.prior_spread or 0:.2f}."
+            + (
+                f" Those of two groups overlap by {report.group_overlap:.2f}."
+                if report.group_overlap is not None
+                else ""
+            )
         )
     if report.groups:
         rows = [["group", "prompts", "clusters", "experts it uses most, against all (mean of layers)"]]
