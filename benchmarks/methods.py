@@ -71,6 +71,7 @@ METHODS: dict[str, Method] = {
     f"{TREX}, prior scale 32": Method(_trex(prior_scale=32.0)),
     f"{TREX}, router rate x 10": Method(_trex(), factors={"trex_router": 10.0}),
     f"{TREX}, B rate x 4": Method(_trex(), factors={"trex_B": 4.0}),
+    f"{TREX}, whitened prior": Method(_trex(prior_whitening=16)),
     f"{TREX}, random router": Method(_trex(init_weights="random_router")),
     "T-REX no prior, random router": Method(_trex(use_prior=False, init_weights="random_router")),
     LORA: Method(_lora(32)),

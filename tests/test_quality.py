@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import math
+import random
 import re
 import shutil
 import signal
@@ -24,6 +25,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import corpora  # noqa: E402
+import prior  # noqa: E402
 import quality  # noqa: E402
 import scoring  # noqa: E402
 from diagnosis import diagnose  # noqa: E402
@@ -398,7 +400,8 @@ def test_every_method_trains(name, texts):
     embed = {"base": None, "sentences": sentences, "constant": constant_embeddings}[method.prior]
     is_trex = name.startswith("T-REX")
     own = Texts(texts.tokenizer, embed, masked=is_trex)
-    examples = [own.example(_row("ab", prompt=f"prompt {number}")) for number in range(40)]
+    words = [" ".join(random.Random(number).choices("abcdefghijklmnopqrstuvwxyz", k=8)) for number in range(40)]
+    examples = [own.example(_row("ab", prompt=word)) for word in words]
     if is_trex and model.active_peft_config.use_prior:
         fit_prior(method, model, [own.collate(examples)], 1)
     before = [parameter.detach().clone() for parameter in trainable]
@@ -556,3 +559,25 @@ def test_rows_of_the_hub_become_prompts(monkeypatch, task, answer, named):
 def test_names_are_those_of_the_speed_benchmark():
     assert BASE not in METHODS  # "alone" has no meaning where nothing is timed
     assert {"T-REX 4x8", "LoRA r=32", "LoRA, equal parameters"} <= set(METHODS)
+
+
+def test_what_the_prior_sees_of_the_tasks(tmp_path, tiny_model, capsys, monkeypatch):
+    monkeypatch.setattr(prior, "DIRECTIONS", (None, 8))
+    data = {**SMOKE["data"], "train": 100}
+    assert prior.main([str(_write(tmp_path, data=data, base=str(tiny_model)))]) == 0
+    found = capsys.readouterr().out
+    assert "tiny: 400 prompts of 4 tasks" in found
+    lines = [line for line in found.splitlines() if line.startswith("|")]
+    plain, whitened = ([float(cell.split()[0]) for cell in line.split("|")[2:-1]] for line in lines[-2:])
+    assert plain[0] > 0.5 and plain[3] > 2 * whitened[3]
+
+
+def test_overlap_purity_and_spread_of_a_clear_case():
+    """Two tasks on opposite sides, and a third at a right angle."""
+    where = torch.eye(3)[:2].repeat_interleave(100, 0) * 5
+    embeddings = torch.cat([where[:100], -where[:100], where[100:]]) + 0.1 * torch.randn(300, 3)
+    tasks = ["a"] * 100 + ["b"] * 100 + ["c"] * 100
+    words, purity, nmi, spread, overlap = prior.look(embeddings, tasks, None)
+    assert words == "none" and purity == "1.00"
+    assert 0.2 < float(nmi) < 1 and float(spread) > 0.3
+    assert 0.3 < float(overlap.split()[0]) < float(overlap.split()[-1].strip(")")) > 0.8
