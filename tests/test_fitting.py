@@ -559,9 +559,9 @@ def _run_rank(folder, *cases):
 
 CASES = (
     "shared out",
-    "not shared out",
-    "shared out",
     "whitened",
+    "not shared out",
+    "unequal",
     "one has none",
     "sampled",
     "settled",

@@ -302,14 +302,11 @@ class _Fit:
     whitening: Tensor | None  # (p, d)
     report: TRexPriorReport
 
-    def apart(self, other: _Fit) -> float:
-        """Mean of 1 - cos between the centroids and another fit's, matched one to one so that it is smallest."""
-        own, others = (  # whitened, each fit has directions of its own
-            fit.centroids if fit.whitening is None else nn.functional.normalize(fit.centroids @ fit.whitening, dim=-1)
-            for fit in (self, other)
-        )
-        distances = (1 - own.double() @ others.double().T).numpy()
-        return float(distances[linear_sum_assignment(distances)].mean())
+    def placed(self) -> Tensor:
+        """The centroids (K, d) among the embeddings, of length one: whitened, each fit has directions of its own."""
+        if self.whitening is None:
+            return self.centroids
+        return nn.functional.normalize(self.centroids @ self.whitening, dim=-1)
 
 
 def _fit_stream(
@@ -367,7 +364,7 @@ def _look(
         if tolerance is None:
             raise
         return None
-    if tolerance is None or former is None or fit.apart(former) >= tolerance:
+    if tolerance is None or former is None or _distance(former.placed(), fit.placed()) >= tolerance:
         return fit
     return replace(fit, report=replace(fit.report, settled=True))
 
@@ -467,3 +464,9 @@ def _whitening(rows: np.ndarray, whitened: int, seed: int) -> np.ndarray:
 
 def _slices(array: np.ndarray, size: int = PART) -> Iterator[np.ndarray]:
     return (array[start : start + size] for start in range(0, len(array), size))
+
+
+def _distance(former: Tensor, new: Tensor) -> float:
+    """Mean of 1 - cos between centroids (K, d) and the former ones, matched one to one so that it is smallest."""
+    apart = (1 - new.double() @ former.double().T).numpy()
+    return float(apart[linear_sum_assignment(apart)].mean())
