@@ -12,14 +12,11 @@ the first principal direction.
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from peft import get_peft_model
-from sklearn.metrics import normalized_mutual_info_score
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
@@ -32,6 +29,7 @@ from reporting import table  # noqa: E402
 from scoring import Texts  # noqa: E402
 
 from peft_trex import TRexConfig, initialize_trex_prior  # noqa: E402
+from peft_trex.routing import agreement, overlaps  # noqa: E402
 
 DIRECTIONS = (None, 4, 8, 16, 32, 64)
 
@@ -44,17 +42,16 @@ def look(embeddings: torch.Tensor, tasks: list[str], directions: int | None, see
     model = get_peft_model(nn.Sequential(nn.Linear(1, 1)), config)
     initialize_trex_prior(model, embeddings=embeddings, seed=seed, progress=False)
     scores = model.base_model.trex_prior["default"].score(embeddings)
-    clusters = scores.argmax(-1).numpy()
-    own = np.array(tasks)
-    right = sum(np.unique(own[clusters == one], return_counts=True)[1].max() for one in np.unique(clusters))
-    means = {task: scores[torch.from_numpy(own == task)].mean(0) for task in sorted(set(tasks))}
-    overlaps = [abs(float(torch.cosine_similarity(a, b, dim=0))) for a, b in itertools.combinations(means.values(), 2)]
+    own = {task: scores[[one == task for one in tasks]] for task in sorted(set(tasks))}
+    counts = [part.argmax(-1).bincount(minlength=scores.shape[1]) for part in own.values()]
+    purity, nmi = agreement(torch.stack(counts).double())
+    overlap = overlaps({task: part.mean(0) for task, part in own.items()})
     return [
         "none" if directions is None else str(directions),
-        f"{right / len(own):.2f}",
-        f"{normalized_mutual_info_score(own, clusters):.2f}",
+        f"{purity:.2f}",
+        f"{nmi:.2f}",
         f"{float(scores.std(-1, correction=0).mean()):.2f}",
-        f"{np.mean(overlaps):.2f} (at most {max(overlaps):.2f})",
+        f"{overlap.mean():.2f} (at most {overlap.max():.2f})",
     ]
 
 

@@ -75,7 +75,7 @@ class TRexConfig(PeftConfig):
             Compare prompts along this many principal directions of the training prompts' embeddings, each scaled to
             the same variance, so that the strongest (what the prompts are made of, say: words or numbers) does not
             drown those that tell tasks apart. 16 kept 8 and 16 tasks apart best (benchmarks/README.md). None compares
-            the embeddings as they are.
+            the embeddings as they are, centred.
         mixture_implementation (`"auto"` or `"reference"`):
             How the mixture is computed. "auto" takes the fast path, with a Triton kernel on GPUs, and the readable
             formula where a compiler fuses it. "reference" always takes the formula, which has second derivatives

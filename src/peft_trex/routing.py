@@ -356,7 +356,7 @@ class _Clusters:
         known = own.any(-1)
         self.spread += own[known].std(-1, correction=0).sum().item()
         self.known += known.sum().item()
-        clusters = torch.where(known, own.argmax(-1), own.shape[-1]).tolist()
+        clusters, own = torch.where(known, own.argmax(-1), own.shape[-1]).tolist(), own.cpu()
         for number, cluster in enumerate(clusters):
             if there[number]:
                 label = None if rows.labels is None else rows.labels[number]
@@ -364,14 +364,7 @@ class _Clusters:
                     self.counts[label] = torch.zeros(own.shape[-1] + 1, dtype=torch.long)
                 self.counts[label][cluster] += 1
                 if label is not None:
-                    self.scores[label] = self.scores.get(label, 0) + own[number].cpu()
-
-    def overlap(self) -> float | None:
-        """Mean |cos| between the scores of two groups."""
-        if len(self.scores) < 2:
-            return None
-        means = torch.nn.functional.normalize(torch.stack(list(self.scores.values())), dim=-1)
-        return float((means @ means.T).abs()[tuple(torch.triu_indices(len(means), len(means), 1))].mean())
+                    self.scores[label] = self.scores.get(label, 0) + own[number]
 
 
 class _Sums:
@@ -588,12 +581,8 @@ def _report(adapter_name: str, sums: Mapping[str, _Sums], clusters: _Clusters) -
     purity = nmi = overlap = None
     named = [counts for label, counts in table.items() if label is not None]
     if named and clusters.known:
-        joint = torch.stack(named).double()
-        purity = float(joint.max(0).values.sum() / joint.sum())
-        entropies = [float(entropy_of(joint.sum(axis) / joint.sum())) for axis in (0, 1)]
-        # a single cluster and a single group agree
-        nmi = _mutual_information(joint) / statistics.mean(entropies) if any(entropies) else 1.0
-        overlap = clusters.overlap()
+        purity, nmi = agreement(torch.stack(named).double())
+        overlap = float(overlaps(clusters.scores).mean()) if len(named) > 1 else None
     return RoutingReport(
         adapter_name,
         max(found.tokens for found in seen.values()),
@@ -606,6 +595,20 @@ def _report(adapter_name: str, sums: Mapping[str, _Sums], clusters: _Clusters) -
         nmi,
         overlap,
     )
+
+
+def agreement(joint: Tensor) -> tuple[float, float]:
+    """Purity, and normalised mutual information, of numbers of prompts (groups, clusters)."""
+    entropies = [float(entropy_of(joint.sum(axis) / joint.sum())) for axis in (0, 1)]
+    # a single cluster and a single group agree
+    nmi = _mutual_information(joint) / statistics.mean(entropies) if any(entropies) else 1.0
+    return float(joint.max(0).values.sum() / joint.sum()), nmi
+
+
+def overlaps(scores: Mapping[str, Tensor]) -> Tensor:
+    """|cos| between the scores (K,) of each two groups, which may be sums or means."""
+    each = torch.nn.functional.normalize(torch.stack(list(scores.values())), dim=-1)
+    return (each @ each.T).abs()[tuple(torch.triu_indices(len(each), len(each), 1))]
 
 
 def _tuple(values: Tensor) -> tuple[float, ...]:
