@@ -679,5 +679,19 @@ def test_what_goes_wrong_on_one_rank_is_raised_on_all(how, first, second, two_ra
         assert two_ranks[how][1]["late"]  # rank 0 was told while rank 1 still held its error
 
 
+def test_another_rank_is_gone_before_the_ranks_have_met(monkeypatch):
+    def leave(**_):
+        raise RuntimeError("Connection closed by peer")
+
+    model = adapted()
+    before = _state(model)
+    for name, value in {"is_initialized": True, "get_world_size": 2, "get_rank": 0}.items():
+        monkeypatch.setattr(dist, name, lambda value=value: value)
+    monkeypatch.setattr(dist, "new_group", leave)
+    with pytest.raises(RuntimeError, match=AWAY[1]):
+        initialize_trex_prior(model, _shared(0), progress=False)
+    assert _same(before, _state(model))
+
+
 if __name__ == "__main__":
     _run_rank(*sys.argv[1:])

@@ -78,7 +78,10 @@ class Ranks:
     def __init__(self) -> None:
         self.size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         self.rank = dist.get_rank() if self.size > 1 else 0
-        self._group = dist.new_group(backend="gloo") if self.size > 1 else None
+        self._group = None
+        if self.size > 1:
+            with _talking():  # the others may be gone before this one has a connection to each
+                self._group = dist.new_group(backend="gloo")
 
     def __enter__(self) -> Ranks:
         return self
