@@ -31,7 +31,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from variants import LORA, TREX, OneLayer, adapt
 
 from peft_trex import TRexConfig, fused, initialize_trex_prior
-from peft_trex.fitting import MEET, SAMPLE_BYTES, SAMPLE_PER_CLUSTER, _distance
+from peft_trex.clustering import distance
+from peft_trex.fitting import MEET, SAMPLE_BYTES, SAMPLE_PER_CLUSTER
 from peft_trex.sampling import PART, Reservoir
 
 DOC = Path(__file__).parents[1] / "docs" / "scaling.md"
@@ -481,7 +482,7 @@ def by_sample(work: Work) -> str:
         best = _nearest(whole, points)
         for name, count in counts.items():
             prior, _, _ = fit(points[:count], seed=1)
-            same = 1 - _distance(whole.centroids, prior.centroids)
+            same = 1 - distance(whole.centroids, prior.centroids)
             lines[name].append(f"{same:.2f}; {_nearest(prior, points) / best:.3f}")
         report = fit(points, tolerance=0.01)[1]
         stopped.append(f"{report.prompts:,}" if report.settled else "never")

@@ -178,13 +178,13 @@ def test_a_stream_sorted_by_task_is_clustered_by_task(small_sample):
 @pytest.fixture
 def samples(monkeypatch):
     """What is clustered, each time that it is."""
-    seen, cluster = [], fitting._cluster
+    seen, cluster = [], fitting.cluster
 
     def watched(rows, *others, **options):
         seen.append(rows.copy())
         return cluster(rows, *others, **options)
 
-    monkeypatch.setattr(fitting, "_cluster", watched)
+    monkeypatch.setattr(fitting, "cluster", watched)
     return seen
 
 

@@ -6,10 +6,11 @@ know `TRexConfig` and the adapters saved with it.
 
 from . import registration
 from .callbacks import TRexRoutingCallback
+from .clustering import TRexPriorReport
 from .config import TRexConfig
 from .embeddings import SemanticEmbedsCollator, embed_prompts
 from .export import save_trex_as_lora
-from .fitting import TRexPriorCallback, TRexPriorReport, initialize_trex_prior
+from .fitting import TRexPriorCallback, initialize_trex_prior
 from .from_lora import TRexFromLoraReport, trex_from_lora
 from .layer import TRexLayer
 from .merging import TRexMergeReport, calibrate_trex_merge

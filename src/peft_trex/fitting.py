@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from numbers import Real
@@ -13,13 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
-from sklearn.cluster import MiniBatchKMeans
-from sklearn.decomposition import PCA
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from .batches import check_count, reading
+from .clustering import Fit, TRexPriorReport, cluster, distance
 from .config import TRexConfig
 from .embeddings import tokenize_prompts
 from .layer import TRexLayer
@@ -32,28 +30,7 @@ GIVE_EMBEDDINGS = "embeddings=, of shape (N, prior_dim)"
 SAMPLE_BYTES = 256 * 10**6  # of embeddings that are held and clustered,
 SAMPLE_PER_CLUSTER = 256  # but at least so many for each cluster
 SETTLED_FROM = 100  # prompts for each cluster, before a look whether the centroids have settled
-FLAT = 1e-4  # of the largest standard deviation: a direction that varies less is rounding
 MEET = 256  # batches, at most, between two meetings of the ranks
-
-
-@dataclass(frozen=True)
-class TRexPriorReport:
-    """What `initialize_trex_prior` found.
-
-    Attributes:
-        prompts: number of prompts seen, by all processes together.
-        cluster_sizes: how many of the sampled prompts are in each of the K clusters.
-        explained_variance: share, in [0, 1], of the sampled embeddings' variance that lies between the clusters; the
-            embeddings centred, whitened if the adapter does so, and normalised.
-        sampled: number of prompts that were clustered: all, or as many as memory is kept for.
-        settled: whether reading stopped because the centroids had settled (see `tolerance`).
-    """
-
-    prompts: int
-    cluster_sizes: tuple[int, ...]
-    explained_variance: float
-    sampled: int
-    settled: bool = False
 
 
 def initialize_trex_prior(
@@ -294,21 +271,6 @@ def _embed_batch(tuner: TRexModel, dim: int, external: bool, batch: Any, tokeniz
     return means[prompts.known].cpu().numpy()
 
 
-@dataclass(frozen=True)
-class _Fit:
-    centroids: Tensor  # (K, d), or (K, p) whitened
-    mean: Tensor  # (d,)
-    mean_scores: Tensor  # (K,)
-    whitening: Tensor | None  # (p, d)
-    report: TRexPriorReport
-
-    def placed(self) -> Tensor:
-        """The centroids (K, d) among the embeddings, of length one: whitened, each fit has directions of its own."""
-        if self.whitening is None:
-            return self.centroids
-        return nn.functional.normalize(self.centroids @ self.whitening, dim=-1)
-
-
 def _fit_stream(
     batches: Iterable[Any],
     embed: Callable[[int, Any], np.ndarray],
@@ -316,13 +278,13 @@ def _fit_stream(
     ranks: Ranks,
     seed: int,
     tolerance: float | None,
-) -> _Fit:
+) -> Fit:
     """Reads, samples and clusters, together with the other ranks."""
     clusters, dim = prior.centroids.shape[0], prior.dim
     whitened = None if prior.whitening is None else prior.whitening.shape[0]
     capacity = max(SAMPLE_BYTES // (4 * dim), SAMPLE_PER_CLUSTER * clusters)
     reservoir = Reservoir(capacity, dim, (seed, ranks.rank))
-    former: _Fit | None = None
+    former: Fit | None = None
     due = SETTLED_FROM * clusters
     for number, ended, error in _read(batches, lambda *batch: reservoir.add(embed(*batch)), ranks.size == 1):
         told = ranks.exchange((number, ended, reservoir.seen, describe(error)))
@@ -339,8 +301,8 @@ def _fit_stream(
         gathered = ranks.gather(reservoir, seen, capacity)
         if gathered is not None and not last and ranks.size == 1:
             gathered = gathered[0].copy(), gathered[1]  # clustering overwrites it, and the reservoir is still needed
-        cluster = partial(_cluster, clusters=clusters, prompts=prompts, seed=seed, whitened=whitened)
-        look = partial(_look, gathered, cluster, prompts, former, None if last else tolerance)
+        clustered = partial(cluster, clusters=clusters, prompts=prompts, seed=seed, whitened=whitened)
+        look = partial(_look, gathered, clustered, prompts, former, None if last else tolerance)
         former = ranks.from_first(look)
         if last or (former is not None and former.report.settled):
             assert former is not None
@@ -350,21 +312,21 @@ def _fit_stream(
 
 def _look(
     gathered: tuple[np.ndarray, np.ndarray] | None,
-    cluster: Callable[[np.ndarray, np.ndarray], _Fit],
+    clustered: Callable[[np.ndarray, np.ndarray], Fit],
     prompts: int,
-    former: _Fit | None,
+    former: Fit | None,
     tolerance: float | None,
-) -> _Fit | None:
+) -> Fit | None:
     """A fit of what has been gathered, and whether it has settled; None if it is too early for one."""
     assert gathered is not None  # on rank 0, where this is called
     rows, total = gathered
     try:
-        fit = cluster(rows, (total / max(prompts, 1)).astype(np.float32))
+        fit = clustered(rows, (total / max(prompts, 1)).astype(np.float32))
     except ValueError:  # too few distinct prompts, or directions
         if tolerance is None:
             raise
         return None
-    if tolerance is None or former is None or _distance(former.placed(), fit.placed()) >= tolerance:
+    if tolerance is None or former is None or distance(former.placed(), fit.placed()) >= tolerance:
         return fit
     return replace(fit, report=replace(fit.report, settled=True))
 
@@ -398,75 +360,3 @@ def _read(
             goal = number + 1
         ended = ended or number < goal
         yield number, ended, error
-
-
-def _cluster(
-    rows: np.ndarray, mean: np.ndarray, *, clusters: int, prompts: int, seed: int, whitened: int | None
-) -> _Fit:
-    """k-means on a sample (n, d), which is overwritten, of a number of prompts with this mean (d,)."""
-    if not len(rows):
-        raise ValueError("None of the prompts has a token, or an embedding that is not zero.")
-    for part in _slices(rows):
-        part -= mean
-    whitening = None if whitened is None else _whitening(rows, whitened, seed)
-    unit = rows if whitening is None else rows @ whitening.T
-    for part in _slices(unit):
-        part[:] = torch.nn.functional.normalize(torch.from_numpy(part), dim=-1).numpy()
-    # rounded, because the mean over a prompt's tokens differs in its last bits with the padding of its batch
-    distinct = unit[:0]
-    for part in _slices(unit, 100 * clusters):  # as a rule the first is enough
-        distinct = np.unique(np.concatenate([distinct, part.round(4)]), axis=0)
-        if len(distinct) >= clusters:
-            break
-    if len(distinct) < clusters:
-        among = f"{len(unit)} that were {'seen' if len(unit) == prompts else f'sampled of {prompts}'}"
-        raise ValueError(
-            f"num_clusters={clusters} is more than the {len(distinct)} distinct prompts among the {among}. Give more "
-            "prompts, or build the adapter with fewer clusters."
-        )
-    if not unit.any():
-        raise ValueError(f"All {len(unit)} prompts have the same embedding, so there is nothing to cluster.")
-    kmeans = MiniBatchKMeans(clusters, init="k-means++", n_init=3, batch_size=4096, random_state=seed).fit(unit)
-    sizes = np.bincount(kmeans.labels_, minlength=clusters)
-    middle, within, around = unit.mean(0), 0.0, 0.0
-    for part, labels in zip(_slices(unit), _slices(kmeans.labels_), strict=True):
-        within += float(((part - kmeans.cluster_centers_[labels]) ** 2).sum())
-        around += float(((part - middle) ** 2).sum())
-    centroids = torch.nn.functional.normalize(torch.from_numpy(kmeans.cluster_centers_).float(), dim=-1)
-    report = TRexPriorReport(
-        prompts=prompts,
-        cluster_sizes=tuple(int(size) for size in sizes),
-        explained_variance=float(np.clip(1 - within / around, 0, 1)),
-        sampled=len(unit),
-    )
-    mean_scores = torch.from_numpy(middle) @ centroids.T
-    return _Fit(
-        centroids,
-        torch.from_numpy(mean),
-        mean_scores,
-        None if whitening is None else torch.from_numpy(whitening),
-        report,
-    )
-
-
-def _whitening(rows: np.ndarray, whitened: int, seed: int) -> np.ndarray:
-    """(p, d): the leading principal directions of rows (n, d), each over its standard deviation."""
-    found = PCA(min(whitened, *rows.shape), random_state=seed).fit(rows)
-    deviations = np.sqrt(found.explained_variance_)
-    varied = int((deviations > FLAT * deviations[0]).sum())
-    if varied < whitened:
-        raise ValueError(
-            f"prior_whitening={whitened}, but the embeddings of the {len(rows)} prompts vary in {varied} directions. "
-            "Give more prompts, or build the adapter with a smaller prior_whitening."
-        )
-    return (found.components_ / deviations[:, None]).astype(np.float32)
-
-
-def _slices(array: np.ndarray, size: int = PART) -> Iterator[np.ndarray]:
-    return (array[start : start + size] for start in range(0, len(array), size))
-
-
-def _distance(former: Tensor, new: Tensor) -> float:
-    """Mean of 1 - cos between centroids (K, d) and the former ones, matched one to one so that it is smallest."""
-    apart = (1 - new.double() @ former.double().T).numpy()
-    return float(apart[linear_sum_assignment(apart)].mean())
