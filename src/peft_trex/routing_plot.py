@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .routing import kinds_of, mean_group_load
+from .routing_text import kinds_of, mean_group_load
 
 if TYPE_CHECKING:
     from .routing import LayerRouting, RoutingReport
