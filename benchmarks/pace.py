@@ -9,7 +9,6 @@ layer it is in (median of the layers, over a batch that is not trained on), and 
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import sys
 import tempfile
@@ -64,8 +63,6 @@ def pace(bench: Bench, name: str, rate: float, steps: int, seed: int = 1) -> lis
             f"steps={steps} must be from 1 to {len(order) // rows - 1}: there are {len(order)} training rows, {rows} "
             "for a step, and as many to look at."
         )
-    if not 0 < rate < math.inf:
-        raise ValueError(f"The learning rate {rate} must be a positive number.")
     batches = [
         {key: value.to(bench.device) for key, value in texts.collate([train[i] for i in order[start:][:rows]]).items()}
         for start in range(0, rows * (steps + 1), rows)
