@@ -28,21 +28,23 @@ GOALS = (
 
 def load(folder: Path) -> list[Row]:
     """The latest row of everything that was measured, smoke runs left out."""
-    names = ("case", "size", "precision", "variant", "shape", "device", "device_name", "threads")
+    names = ("case", "size", "precision", "variant", "shape", "device", "device_name", "cpu_capability", "threads")
     return latest(folder, names, lambda row: row["size"] != "smoke")
 
 
-def machines(rows: list[Row]) -> dict[tuple[str, str, int], list[Row]]:
+def machine_of(row: Row) -> str:
+    """Where a row was measured, in words. What a CPU's arithmetic is capable of decides how fast bfloat16 is."""
+    if row["device"] == "cuda":
+        return row["device_name"]
+    return f"{row['device_name']} with {row['cpu_capability']}, {row['threads']} thread{'s' * (row['threads'] > 1)}"
+
+
+def machines(rows: list[Row]) -> dict[str, list[Row]]:
     """Rows of each machine and number of threads."""
-    found: dict[tuple[str, str, int], list[Row]] = {}
+    found: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault((row["device"], row["device_name"], row["threads"]), []).append(row)
+        found.setdefault(machine_of(row), []).append(row)
     return found
-
-
-def title_of(machine: tuple[str, str, int]) -> str:
-    device, name, threads = machine
-    return name if device == "cuda" else f"{name}, {threads} thread{'s' * (threads > 1)}"
 
 
 def regressions(rows: Iterable[Row]) -> list[str]:
@@ -54,7 +56,7 @@ def regressions(rows: Iterable[Row]) -> list[str]:
             if row["case"] == case and row["variant"] == TREX and value is not None and value > goal:
                 said = f"{value:.2%}" if name == "share" else f"{value:.3f} x {row['baseline']}"
                 wanted = f"{goal:.0%}" if name == "share" else f"{goal:.2f}"
-                where = title_of((row["device"], row["device_name"], row["threads"]))
+                where = machine_of(row)
                 found.append(f"{words}, {row['size']}, {row['precision']}: {said}; the goal is {wanted} ({where})")
     return found
 
@@ -99,14 +101,14 @@ def _shape(row: Row) -> str:
     return ", ".join(str(value) if key == "what" else f"{key} {value}" for key, value in shown.items())
 
 
-def _section(machine: tuple[str, str, int], rows: list[Row]) -> str:
+def _section(machine: str, rows: list[Row]) -> str:
     last = max(rows, key=lambda row: row["date"])
     commits = sorted({f"{row['commit']}{' with changes' * bool(row['dirty'])}" for row in rows})
     parts = [
-        f"### {title_of(machine)}\n",
+        f"### {machine}\n",
         f"torch {last['torch']}, peft {last['peft']}, transformers {last['transformers']}, peft_trex "
-        f"{last['peft_trex']} ({', '.join(commits)}), {last['date'][:10]}; {last['cpus']} CPUs, "
-        f"{last['cpu_capability']}. In brackets: 20th and 80th percentile.\n",
+        f"{last['peft_trex']} ({', '.join(commits)}), {last['date'][:10]}; {last['cpus']} CPUs. "
+        f"In brackets: 20th and 80th percentile.\n",
     ]
     for size in dict.fromkeys(row["size"] for row in rows):
         cases: dict[str, list[Row]] = {}
@@ -227,7 +229,7 @@ def plot(rows: list[Row], path: Path) -> bool:
             axis.set_xscale("log", base=2)
             axis.set_xlabel({"tokens": "tokens", "experts": "experts", "width": "width of the layer"}[sweep])
         line[0].set_ylabel(f"time / {LORA}")
-        line[1].set_title(f"{title_of(machine)}: one layer, forward and backward, {size}", fontsize=10)
+        line[1].set_title(f"{machine}: one layer, forward and backward, {size}", fontsize=10)
         line[-1].legend(fontsize=6)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -372,6 +372,15 @@ def test_report_keeps_machines_apart_and_shows_times_of_gpus(written):
     assert "123 ms" in gpu and " ms" not in cpu
 
 
+def test_report_keeps_cpus_apart_by_what_they_are_capable_of(written):
+    def on_another(rows):
+        rows += [{**row, "cpu_capability": "none", "ratio": 987.5} for row in _of(rows, "step").values()]
+
+    text, _ = written(on_another)
+    first, second = text.split(" with none, ")[-2:]
+    assert text.count("**Training step") == 2 and "987.50 (" in second and "987.50 (" not in first
+
+
 def test_report_leaves_smoke_runs_out(rows, tmp_path, capsys):
     (tmp_path / "cpu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert report.main(["--results", str(tmp_path), "--readme", str(tmp_path / "none.md")]) == 1
