@@ -27,13 +27,13 @@ Runs = dict[int, Row]  # of one method, by seed
 TREX, LORA, EQUAL, BASE = "T-REX 4x8", "LoRA r=32", "LoRA, equal parameters", "base model"
 NO_PRIOR, NO_ROUTER, PAIRED = "T-REX no prior", "T-REX no router", "T-REX paired"
 CONSTANT, RANDOM = "T-REX constant prior", "T-REX 4x8, random router"
-RANDOM_ALONE, SHARED = "T-REX no prior, random router", "T-REX 4x8, shared scores"
+RANDOM_ALONE = "T-REX no prior, random router"
 IDENTITY = ("experiment", "tier", "phase", "method", "learning_rate", "seed", "steps", "fingerprint", "test_digest")
 SETTING = ("experiment", "tier", "base", "precision", "data", "data_settings", "rows_per_step", "train_rows")
 MEASURES = {"accuracy": ("points", 100, ".2f"), "log_likelihood": ("nats", 1, ".3f")}  # unit, units, digits
 PAPERS_GAIN = 0.0178
 
-# what the paper claims (or what a claim of it comes down to) and what we do, what is better by it, than what
+# what the paper claims (or what a claim of it comes down to), what is better by it, than what
 CLAIMS = (
     ("T-REX beats LoRA r = 32, by up to 1.78 points, with 30 to 40 % fewer parameters", TREX, LORA),
     ("T-REX beats LoRA of equal parameters (the question behind the first)", TREX, EQUAL),
@@ -42,13 +42,6 @@ CLAIMS = (
     ("The prior helps a router that is drawn at random (one of zeros needs it, see above)", RANDOM, RANDOM_ALONE),
     ("Mixing and matching 4 and 8 vectors beats paired experts", TREX, PAIRED),
     ("The token router helps", TREX, NO_ROUTER),
-    ("Scores that all prompts share, beside their own, help (ours: `shared_scores`)", SHARED, TREX),
-    ("With them, T-REX beats LoRA of equal parameters", SHARED, EQUAL),
-    (
-        "With them, what the prior knows of the prompt helps (against random scores, equal for all prompts)",
-        SHARED,
-        CONSTANT,
-    ),
 )
 FASTER = "The semantic prior speeds up convergence"
 

@@ -153,7 +153,8 @@ def reload_and_compare(arguments: argparse.Namespace) -> None:
 
     out = Path(arguments.out)
     base, tokenizer = load_model(arguments.model)
-    model = PeftModel.from_pretrained(base, out / "adapter").eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = PeftModel.from_pretrained(base.to(device), out / "adapter").eval()
     rows = json.loads((out / "probe.json").read_text())
     expected = load_file(out / "probe.safetensors")
     for index, found in enumerate(answer_logits(model, tokenizer, rows)):
@@ -177,6 +178,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120, help="training steps of 8 rows")
     parser.add_argument("--test", type=int, default=16, help="held-out prompts of each generated task")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument(
+        "--bf16", action=argparse.BooleanOptionalAction, help="train in bfloat16 autocast (default: where it is fast)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="runs/quickstart", help="folder for the adapter and the picture")
     parser.add_argument("--reload", action="store_true", help=argparse.SUPPRESS)
@@ -220,7 +224,7 @@ def main() -> None:
             learning_rate=arguments.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=max(1, arguments.steps // 20),
-            bf16=use_gpu or bf16_is_fast(),
+            bf16=(use_gpu or bf16_is_fast()) if arguments.bf16 is None else arguments.bf16,
             use_cpu=not use_gpu,
             logging_steps=max(1, arguments.steps // 12),
             save_strategy="no",
@@ -229,6 +233,8 @@ def main() -> None:
         ),
     )
     trainer.train()
+    # without the autocast that the trainer leaves on, as a fresh process will run it
+    model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     after = accuracy(model, tokenizer, test, "after")
 
     calibration = torch.utils.data.DataLoader(data, batch_size=16, collate_fn=collator)

@@ -501,7 +501,6 @@ def test_files_that_are_not_read(tmp_path):
         ({"use_router": False, "use_prior": True}, ValueError, "use_router=False leaves no such start"),
         ({"router_top_k": 2}, ValueError, "router_top_k=2 leaves no such start"),
         ({"init_weights": "random_router"}, ValueError, "init_weights=random_router leaves no such start"),
-        ({"use_prior": True, "shared_scores": 0.35}, ValueError, "shared_scores=0.35 leaves no such start"),
         ({"use_prior": True, "prior_map": "identity", "num_clusters": 6}, ValueError, "use prior_map='learned'"),
         (
             {"expert_pattern": {"model.layers.0.self_attn.q_proj": {"inputs": [0], "outputs": [0]}}},
@@ -583,14 +582,10 @@ def test_padding_does_not_count_as_prompts():
     ("settings", "message"),
     [
         ({"trainable": "experts"}, "trainable='experts' is unknown; it must be one of all, router"),
-        (
-            {"trainable": "router", "use_router": False},
-            "nothing that does: use_router=False, and the prior has neither",
-        ),
+        ({"trainable": "router", "use_router": False}, "nothing that does: use_router=False, and the prior has no"),
     ],
 )
 def test_what_cannot_be_trained(settings, message):
     with pytest.raises(ValueError, match=message):
         TRexConfig(**settings)
     TRexConfig(trainable="router", use_router=False, prior_map="learned")
-    TRexConfig(trainable="router", use_router=False, shared_scores=0.35)

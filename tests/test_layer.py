@@ -39,8 +39,6 @@ def _reference(layer, adapter_name, x, scores, config):
         prior = scores @ layer.trex_map[adapter_name].T if config.learned_map else scores
     elif config.use_prior:
         prior = torch.zeros(1, config.num_experts, dtype=x.dtype)
-    if config.shared_scores:
-        prior = prior + layer.trex_shared[adapter_name]
     return rank_one_mixture(
         x,
         layer.trex_A[adapter_name],
@@ -75,7 +73,6 @@ def _configs(draw):
         router_rank=draw(st.sampled_from([None, 1, 3])) if use_router else None,
         router_top_k=draw(st.sampled_from([None, 1, experts])) if use_router else None,
         use_prior=use_prior,
-        shared_scores=draw(st.sampled_from([None, 0.35])) if use_prior else None,
         token_scale=draw(st.sampled_from([None, 0.5, 32.0])) if use_router else None,
         prior_scale=draw(st.sampled_from([0.25, 4.0])),
         gate_temperature=draw(st.sampled_from([1.0, 100.0])),
@@ -220,22 +217,6 @@ def test_without_a_prior_only_a_drawn_router_lets_the_output_vectors_differ(rout
     assert differences["random_router"] > 1e-3
 
 
-@pytest.mark.parametrize("fit", [False, pytest.param(True, id="fitted")])
-@pytest.mark.filterwarnings(UNFITTED)
-def test_what_all_prompts_share_needs_shared_scores_to_be_of_higher_rank(fit):
-    ranks = []
-    for spread in (None, 0.35):
-        model = get_peft_model(make_llama(), TRexConfig(shared_scores=spread))
-        if fit:
-            initialize_trex_prior(model, batches(256), progress=False)
-        for layer in model.base_model.model.model.layers:
-            sizes = torch.linalg.svdvals(layer.self_attn.q_proj.mean_core("default"))
-            ranks.append(int((sizes > 0.1 * sizes[0]).sum()))
-            if spread:
-                assert layer.self_attn.q_proj.trex_shared["default"].detach().std() == pytest.approx(spread, rel=0.5)
-    assert ranks[:2] == [1, 1] and min(ranks[2:]) >= 3
-
-
 def test_default_targets_are_all_linear_layers_but_the_head():
     model = get_peft_model(make_llama(), TRexConfig())
     targeted = {name.split(".")[-1] for name in model.targeted_module_names}
@@ -244,7 +225,7 @@ def test_default_targets_are_all_linear_layers_but_the_head():
 
 
 def test_only_the_adapter_trains_and_all_of_it():
-    model = adapted(r_a=2, r_b=3, num_clusters=4, shared_scores=0.35)
+    model = adapted(r_a=2, r_b=3, num_clusters=4)
     model.train()
     model(**answered(4)).loss.backward()
     for name, parameter in model.named_parameters():

@@ -638,11 +638,9 @@ def test_errors_say_what_to_do_and_store_nothing(change, error, message, monkeyp
     assert not _statics(model)
 
 
-@pytest.mark.parametrize(
-    "part", ["trex_A", "trex_B", "trex_router", "trex_gate", "trex_omega", "trex_map", "trex_shared"]
-)
+@pytest.mark.parametrize("part", ["trex_A", "trex_B", "trex_router", "trex_gate", "trex_omega", "trex_map"])
 def test_a_broken_adapter_is_named(part):
-    model = adapted(shared_scores=0.35)
+    model = adapted()
     calibrate_trex_merge(model, batches(), progress=False)
     before, broken = _statics(model), "model.layers.1.mlp.up_proj"
     getattr(_layers(model)[broken], part)["default"].data[..., 0] = float("nan")
@@ -729,11 +727,10 @@ def test_moments_of_wide_inputs_in_bfloat16_are_summed_more_precisely():
 
 
 @pytest.mark.parametrize(
-    "part",
-    ["trex_A", "trex_B", "trex_router.", "trex_router_down", "trex_map", "trex_shared", "trex_omega", "trex_gate"],
+    "part", ["trex_A", "trex_B", "trex_router.", "trex_router_down", "trex_map", "trex_omega", "trex_gate"]
 )
 def test_training_any_part_of_the_adapter_drops_them(part):
-    model = adapted(router_rank=2, shared_scores=0.35)
+    model = adapted(router_rank=2)
     calibrate_trex_merge(model, batches(), progress=False)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part in name)

@@ -34,7 +34,6 @@ VARIANTS = {
     "no router, identity map": {"use_router": False, "num_clusters": 6},
     "gpt2": {"kind": "gpt2"},
     "t5": {"kind": "t5"},
-    "shared scores": {"shared_scores": 0.35},
 }
 ONE = "model.layers.1.mlp.up_proj"
 
@@ -135,13 +134,12 @@ def test_the_cost_is_what_a_layer_misses(settings):
 
 
 def test_what_is_kept_takes_over_and_the_vector_that_carries_least_goes():
-    model = _model(use_router=False, target_modules=[ONE], shared_scores=0.35)
+    model = _model(use_router=False, target_modules=[ONE])
     layer = _layers(model)[ONE]
     with torch.no_grad():  # the longest output vector of all, which another one can stand for
         layer.trex_B["default"][:, 2] = 30 * layer.trex_B["default"][:, 0]
-        for values in (layer.trex_map["default"], layer.trex_shared["default"]):
-            by_vectors = values.unflatten(0, (2, 3))
-            by_vectors[:, 2] = by_vectors[:, 0]
+        mapping = layer.trex_map["default"].unflatten(0, (2, 3))
+        mapping[:, 2] = mapping[:, 0]
     before = _logits(model)
     report = _report(model)
     assert report.layers[ONE].output_contribution[2] > 0.8
@@ -188,8 +186,7 @@ def test_token_scales_hold_the_mean_share_that_is_kept(num_clusters):
 
 @torch.no_grad()
 def test_entries_count_vectors_as_a_layer_of_full_size_does():
-    # the identity map: each expert has its own cluster
-    model = _model(num_clusters=6, target_modules=[ONE], shared_scores=0.35)
+    model = _model(num_clusters=6, target_modules=[ONE])  # the identity map: each expert has its own cluster
     layer = _layers(model)[ONE]
     layer.trex_router["default"].zero_()
     layer.trex_A["default"][0] = 0

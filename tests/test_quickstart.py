@@ -51,8 +51,9 @@ def tiny_model(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_quickstart_runs_through(tmp_path, tiny_model):
-    result = _quickstart("--model", tiny_model, "--steps", 3, "--test", 2, "--out", tmp_path)
+@pytest.mark.parametrize("precision", ["--bf16", "--no-bf16"])
+def test_quickstart_runs_through(precision, tmp_path, tiny_model):
+    result = _quickstart("--model", tiny_model, "--steps", 3, "--test", 2, "--out", tmp_path, precision)
     assert result.returncode == 0, result.stderr[-3000:]
     for words in (
         "8 tasks, 4800 training rows, 16 held-out prompts",

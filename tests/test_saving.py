@@ -32,7 +32,6 @@ VARIANTS = {
     "no router": {"use_router": False},
     "no prior": {"use_prior": False},
     "whitened": {"prior_whitening": 5},
-    "shared scores": {"shared_scores": 0.35},
     "head and bias": {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"], "bias": "trex_only"},
 }
 

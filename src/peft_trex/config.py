@@ -76,11 +76,6 @@ class TRexConfig(PeftConfig):
             the same variance, so that the strongest (what the prompts are made of, say: words or numbers) does not
             drown those that tell tasks apart. 16 kept 8 and 16 tasks apart best (benchmarks/README.md). None compares
             the embeddings as they are, centred.
-        shared_scores (`float`, *optional*):
-            Each layer learns a score of each expert that all prompts share, and adds it to the prior's; it starts as a
-            normal draw of this standard deviation (0.35 is about the spread of a prompt's own scores). The prompts'
-            scores are zero on average: without this, what all prompts have in common can only be learnt by experts
-            of equal weights, which make a matrix of rank one in a grid. None, the paper's, has no such scores.
         mixture_implementation (`"auto"` or `"reference"`):
             How the mixture is computed. "auto" takes the fast path, with a Triton kernel on GPUs, and the readable
             formula where a compiler fuses it. "reference" always takes the formula, which has second derivatives
@@ -143,9 +138,6 @@ class TRexConfig(PeftConfig):
     prior_dim: int | None = field(default=None, metadata={"help": "Width of external embeddings."})
     prior_whitening: int | None = field(
         default=None, metadata={"help": "Principal directions that prompts are compared along; None: all, unscaled."}
-    )
-    shared_scores: float | None = field(
-        default=None, metadata={"help": "Learn expert scores that all prompts share; their spread at first."}
     )
     mixture_implementation: Literal["auto", "reference"] = field(
         default="auto", metadata={"help": "'auto': the fast path; 'reference': the readable formula."}
@@ -273,9 +265,9 @@ class TRexConfig(PeftConfig):
                 raise TypeError(f"{name}={getattr(self, name)!r} must be True or False.")
         if not isinstance(self.init_weights, bool) and self.init_weights != "random_router":
             raise ValueError(f"init_weights={self.init_weights!r} must be True, False or 'random_router'.")
-        for name in ("token_scale", "prior_scale", "gate_temperature", "shared_scores"):
+        for name in ("token_scale", "prior_scale", "gate_temperature"):
             value = getattr(self, name)
-            if name in ("token_scale", "shared_scores") and value is None:
+            if name == "token_scale" and value is None:
                 continue
             _check_number(name, value)
             if value <= 0 or not math.isfinite(value):
@@ -323,12 +315,10 @@ class TRexConfig(PeftConfig):
             raise ValueError(f"prior_encoder={self.prior_encoder!r} feeds the prior, which use_prior=False drops.")
         if not self.use_prior and self.prior_whitening is not None:
             raise ValueError(f"prior_whitening={self.prior_whitening} is for the prior, which use_prior=False drops.")
-        if not self.use_prior and self.shared_scores is not None:
-            raise ValueError(f"shared_scores={self.shared_scores} is for the prior, which use_prior=False drops.")
-        if self.trainable == "router" and not (self.use_router or self.learned_map or self.shared_scores):
+        if self.trainable == "router" and not (self.use_router or self.learned_map):
             raise ValueError(
                 "trainable='router' trains what chooses experts, but there is nothing that does: use_router=False, "
-                "and the prior has neither a learned map (prior_map='learned') nor shared_scores."
+                "and the prior has no learned map (prior_map='learned')."
             )
         if self.prior_map == "identity" and self.num_clusters != self.num_experts:
             raise ValueError(

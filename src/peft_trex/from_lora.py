@@ -183,12 +183,11 @@ def _settings(given: dict[str, Any], loras: list[Lora], layers: Mapping[str, lis
     tasks = {lora.config.task_type for lora in loras}
     values.setdefault("task_type", tasks.pop() if len(tasks) == 1 else None)
     config = TRexConfig(**values)
-    needed = {"use_router": True, "router_top_k": None, "init_weights": True, "shared_scores": None}
-    for name, wanted in needed.items():
+    for name, wanted in (("use_router", True), ("router_top_k", None), ("init_weights", True)):
         if getattr(config, name) != wanted:
             raise ValueError(
-                f"{name}={getattr(config, name)} leaves no such start: all experts begin with equal weights but for "
-                "what the prior knows of a prompt."
+                f"{name}={getattr(config, name)} leaves no such start: all experts begin with equal weights from the "
+                "token router."
             )
     if config.expert_pattern:
         raise ValueError("expert_pattern is what prune_trex leaves; build the adapter whole, and prune it afterwards.")

@@ -37,7 +37,6 @@ class TRexLayer(BaseTunerLayer):
         "trex_router",  # (E, D_in), absent with use_router=False; (E, Q) if the router is reduced to rank Q
         "trex_router_down",  # (Q, D_in), only then
         "trex_map",  # (E, K), absent unless learned
-        "trex_shared",  # (E,), absent unless `shared_scores`
         "trex_omega",  # (1,), a logit; of one axis because FSDP shards no scalars
         "trex_gate",  # (1,), likewise
     )
@@ -57,7 +56,6 @@ class TRexLayer(BaseTunerLayer):
         self.trex_router = nn.ParameterDict()
         self.trex_router_down = nn.ParameterDict()
         self.trex_map = nn.ParameterDict()
-        self.trex_shared = nn.ParameterDict()
         self.trex_omega = nn.ParameterDict()
         self.trex_gate = nn.ParameterDict()
         self.trex_dropout = nn.ModuleDict()
@@ -92,8 +90,6 @@ class TRexLayer(BaseTunerLayer):
                 self.trex_router_down[adapter_name] = nn.Parameter(torch.empty(width, self.in_features))
         if config.learned_map:
             self.trex_map[adapter_name] = nn.Parameter(torch.empty(experts, config.num_clusters))
-        if config.shared_scores is not None:
-            self.trex_shared[adapter_name] = nn.Parameter(config.shared_scores * torch.randn(experts))
         self.trex_omega[adapter_name] = nn.Parameter(torch.empty(1))
         self.trex_gate[adapter_name] = nn.Parameter(torch.empty(1))
         self.trex_dropout[adapter_name] = nn.Dropout(config.trex_dropout) if config.trex_dropout else nn.Identity()
@@ -156,26 +152,25 @@ class TRexLayer(BaseTunerLayer):
         """Prior of each expert (..., E) from the scores of the clusters (..., K); None where it has no part."""
         if not self.trex_uses_prior[adapter_name]:
             return None
-        mapping, shared = self._find("trex_map", adapter_name), self._find("trex_shared", adapter_name)
-        chosen = self.trex_chosen.get(adapter_name)
-        prior = scores
-        if mapping is not None:
-            if scores is None:  # zero, but the map still takes part in the graph: DDP waits for every parameter
-                scores = mapping.new_zeros(1, mapping.shape[1])
-            prior = F.linear(scores.to(mapping.dtype), mapping)
-        elif chosen is not None and scores is not None:
+        if adapter_name not in self.trex_map:
+            chosen = self.trex_chosen.get(adapter_name)
+            if chosen is None or scores is None:
+                return scores
             if chosen.device != scores.device:
                 chosen = self.trex_chosen[adapter_name] = chosen.to(scores.device)
-            prior = scores.index_select(-1, chosen)
-        if shared is None:
-            return prior
-        return shared[None] if prior is None else prior + shared
+            return scores.index_select(-1, chosen)
+        mapping = self.trex_map[adapter_name]
+        if scores is None:  # zero, but the map still takes part in the graph: DDP waits for every parameter
+            scores = mapping.new_zeros(1, mapping.shape[1])
+        return F.linear(scores.to(mapping.dtype), mapping)
 
     def _routing(self, adapter_name: str, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The adapter's router, its lower factor if it has two, and the prior, for an input `x`."""
         prior = None
         if self.trex_uses_prior[adapter_name]:
-            prior = self._prior(adapter_name, self._channel.scores(adapter_name, x))
+            prior = self._channel.scores(adapter_name, x)
+            if adapter_name in self.trex_chosen or self._find("trex_map", adapter_name) is not None:
+                prior = self._prior(adapter_name, prior)
         router = self._find("trex_router", adapter_name)
         if router is None and prior is None:  # a prior that is not known yet
             A, B = self.trex_A[adapter_name], self.trex_B[adapter_name]

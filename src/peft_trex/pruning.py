@@ -250,7 +250,7 @@ class _Layer:
     def parameters(self, inputs: Sequence[int], outputs: Sequence[int]) -> int:
         experts = len(self.experts(inputs, outputs))
         own = {"trex_A": len(inputs) / self.r_a, "trex_B": len(outputs) / self.r_b}
-        own |= dict.fromkeys(("trex_router", "trex_map", "trex_shared"), experts / len(self.p))
+        own |= dict.fromkeys(("trex_router", "trex_map"), experts / len(self.p))
         return sum(round(own.get(kind, 1) * size) for kind, size in self._sizes.items())
 
     def whole(self) -> _Kept:
@@ -412,7 +412,7 @@ class _Pruner:
             experts = torch.tensor(known.experts(own.inputs, own.outputs), device=device)
             U, _ = known.take_over(own.inputs, own.outputs)
             B = before["trex_B"]
-            rows = {"trex_A": inputs} | dict.fromkeys(("trex_router", "trex_map", "trex_shared"), experts)
+            rows = {"trex_A": inputs, "trex_router": experts, "trex_map": experts}
             values = {kind: before[kind][index] for kind, index in rows.items() if kind in before}
             wide = torch.promote_types(B.dtype, torch.float32)
             values["trex_B"] = (B.to(wide) @ U.to(device, wide)).to(B.dtype)
