@@ -376,7 +376,8 @@ def _bars(part: Part, axes: Sequence[Any]) -> bool:
         axes[0].bar(place, [mean for mean, _ in scores], 0.8 / len(shown), yerr=errors, label=method)
     axes[0].set_xticks(range(len(tasks)), tasks, rotation=45, ha="right", fontsize=7)
     axes[0].set_ylabel("accuracy, %")
-    axes[0].legend(fontsize=6, ncols=3)
+    if shown:
+        axes[0].legend(fontsize=6, ncols=3)
     return bool(shown)
 
 

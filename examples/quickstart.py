@@ -45,6 +45,7 @@ from peft_trex import (
 )
 
 Rows = list[dict[str, str]]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_model(name: str | None, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
@@ -153,8 +154,7 @@ def reload_and_compare(arguments: argparse.Namespace) -> None:
 
     out = Path(arguments.out)
     base, tokenizer = load_model(arguments.model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = PeftModel.from_pretrained(base.to(device), out / "adapter").eval()
+    model = PeftModel.from_pretrained(base.to(DEVICE), out / "adapter").eval()
     rows = json.loads((out / "probe.json").read_text())
     expected = load_file(out / "probe.safetensors")
     for index, found in enumerate(answer_logits(model, tokenizer, rows)):
@@ -195,6 +195,7 @@ def main() -> None:
 
     train, test = load(arguments.data) if arguments.data else generate(600, arguments.test, arguments.seed)
     base, tokenizer = load_model(arguments.model)
+    base.to(DEVICE)
     tasks = sorted({row["task"] for row in train})
     print(f"{len(tasks)} tasks, {len(train)} training rows, {len(test)} held-out prompts")
     before = accuracy(base, tokenizer, test, "before")
@@ -212,7 +213,6 @@ def main() -> None:
         f"{max(report.cluster_sizes)}, explained variance {report.explained_variance:.2f}"
     )
 
-    use_gpu = torch.cuda.is_available()
     trainer = Trainer(
         model=model,
         train_dataset=data,
@@ -224,8 +224,8 @@ def main() -> None:
             learning_rate=arguments.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=max(1, arguments.steps // 20),
-            bf16=(use_gpu or bf16_is_fast()) if arguments.bf16 is None else arguments.bf16,
-            use_cpu=not use_gpu,
+            bf16=(DEVICE == "cuda" or bf16_is_fast()) if arguments.bf16 is None else arguments.bf16,
+            use_cpu=DEVICE == "cpu",
             logging_steps=max(1, arguments.steps // 12),
             save_strategy="no",
             report_to=[],

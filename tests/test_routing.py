@@ -507,7 +507,7 @@ def test_a_trainer_logs_the_routing(tmp_path, settings, monkeypatch):
     looked = []
     monkeypatch.setattr(callbacks, "look", lambda layer, *rest: looked.append(layer) or look(layer, *rest))
     trainer = _trainer(tmp_path, adapted(), **settings)
-    trainer.add_callback(TRexRoutingCallback(trainer, every=5))
+    trainer.add_callback(TRexRoutingCallback(trainer, every=6))
     trainer.train()
     logged = _logged(trainer)
     assert list(logged) == [2, 4, 6, 8, 10, 12]
@@ -516,6 +516,14 @@ def test_a_trainer_logs_the_routing(tmp_path, settings, monkeypatch):
     # each layer in one forward of each of the two steps, not in those that are accumulated, nor run again
     assert len(looked) == 2 * len(set(looked)) == 2 * len(_layers(trainer.model))
     assert not any(module._forward_pre_hooks for module in _layers(trainer.model).values())
+
+
+def test_no_forward_of_a_compiled_model_is_looked_at(tmp_path):
+    trainer = _trainer(tmp_path, adapted(), max_steps=2)
+    trainer.args.torch_compile = True  # after the Trainer has read it: nothing is compiled
+    trainer.add_callback(TRexRoutingCallback(trainer))
+    trainer.train()
+    assert set(_logged(trainer)[2]) == FROM_PARAMETERS
 
 
 def test_the_callback_logs_what_the_report_says(tmp_path):
