@@ -13,7 +13,7 @@ from peft import get_peft_model
 import peft_trex.fused
 import peft_trex.layer
 from peft_trex import TRexConfig, TRexLayer, initialize_trex_prior
-from peft_trex.fused import MixSettings, add_mixture
+from peft_trex.fused import MixSettings, add_mixture, separable
 from peft_trex.mixture import num_experts, rank_one_mixture
 
 SCALES = {"token_scale": 6.0, "prior_scale": 4.0, "temperature": 100.0}
@@ -62,14 +62,37 @@ def draw(
 
 
 def reference(tensors, **kwargs):
-    rest = {name: tensor for name, tensor in tensors.items() if name != "result"}
+    rest = without("result", tensors)
     return tensors["result"] + rank_one_mixture(**rest, **kwargs).to(tensors["result"].dtype)
 
 
 def fused(tensors, **kwargs):
     return add_mixture(
-        **{"prior": None, "router_down": None, **tensors}, settings=MixSettings(tensors["A"].shape[0], **kwargs)
+        tensors["result"],
+        **{"prior": None, "router_down": None, **without("result", tensors)},
+        settings=MixSettings(tensors["A"].shape[0], **kwargs),
     )
+
+
+def frozen_linear(d_in=16, d_out=20, bias=True, dtype=torch.float64):
+    layer = torch.nn.Linear(d_in, d_out, bias).requires_grad_(False)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in layer.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) / d_in**0.5)
+    return layer.to(dtype)
+
+
+def with_layer(function, layer):
+    """The reference, or the fast path, with what a layer makes of x in place of `result`; the fast path makes it too."""
+
+    def call(tensors, **kwargs):
+        return function({**tensors, "result": layer if function is fused else layer(tensors["x"])}, **kwargs)
+
+    return call
+
+
+def without(name, tensors):
+    return {key: tensor for key, tensor in tensors.items() if key != name}
 
 
 def run(function, tensors, seed=1, **kwargs):
@@ -107,6 +130,135 @@ def test_equals_the_formula(shape, layout, prior):
     assert_equal(run(fused, tensors, layout=layout, **SCALES), expected)
     with torch.no_grad():  # without gradients, few tokens go another way
         assert_equal({"output": fused(tensors, layout=layout, **SCALES)}, {"output": expected["output"]})
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("prior", ["none", "one", "row", "token"])
+@pytest.mark.parametrize("shape", [(3, 5), (1, 1), (2, 1), (7,), (2, 83)], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "rank", "top_k"), [("grid", None, None), ("paired", None, None), ("grid", 4, None), ("grid", None, 2)]
+)
+def test_a_frozen_base_layer_is_computed_along(layout, rank, top_k, shape, prior, bias):
+    if prior == "token" and len(shape) != 2:
+        pytest.skip("the formula takes such a prior for x (B, T, D_in) only")
+    tensors = without("result", draw(shape, layout=layout, r_a=3, prior=prior, router_rank=rank))
+    layer, settings = frozen_linear(bias=bias), {"layout": layout, "top_k": top_k, **SCALES}
+    before = copy.deepcopy(layer.state_dict())
+    expected = run(with_layer(reference, layer), tensors, **settings)
+    assert_equal(run(with_layer(fused, layer), tensors, **settings), expected)
+    with torch.no_grad():
+        assert_equal({"output": with_layer(fused, layer)(tensors, **settings)}, {"output": expected["output"]})
+    for name, parameter in layer.state_dict().items():
+        torch.testing.assert_close(parameter, before[name], rtol=0, atol=0)
+
+
+def test_a_base_layer_and_an_input_without_gradient():
+    tensors, layer = without("result", draw((2, 83))), frozen_linear()
+    expected = run(with_layer(reference, layer), tensors, **SCALES)
+    tensors = {name: tensor.detach().requires_grad_(name != "x") for name, tensor in tensors.items()}
+    outgoing = torch.randn(expected["output"].shape, generator=torch.Generator().manual_seed(1)).bfloat16().double()
+    with_layer(fused, layer)(tensors, **SCALES).backward(outgoing)
+    assert tensors["x"].grad is None
+    found = {name: tensor.grad for name, tensor in without("x", tensors).items()}
+    assert_equal(found, {name: expected[name] for name in found})
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (2, 83)], ids=str)
+@pytest.mark.parametrize("products", ["as on this machine", "in half precision"])
+@pytest.mark.parametrize(
+    ("base", "adapter", "autocast"),
+    [
+        (torch.float32, torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32, None),
+        (torch.bfloat16, torch.bfloat16, None),
+        (torch.float16, torch.float16, None),
+        (torch.float32, torch.float32, torch.float16),
+    ],
+    ids=str,
+)
+def test_a_base_layer_in_low_precision(base, adapter, autocast, products, shape, monkeypatch):
+    """Against float64: at most twice the formula's own error, in outputs and every gradient."""
+    if products == "in half precision":
+        monkeypatch.setattr(peft_trex.fused, "SLOW_ON_CPU", set())
+    tensors = {name: tensor.detach().to(adapter) for name, tensor in draw(shape, 64, 48, 4, 8).items()}
+    tensors = {**without("result", tensors), "x": tensors["x"].to(base)}
+    layer = frozen_linear(64, 48, dtype=base)
+
+    def low(function):
+        def call(tensors, **kwargs):
+            with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+                if function is reference and autocast is None:
+                    tensors = {name: tensor.to(base) for name, tensor in tensors.items()}
+                return with_layer(function, layer)(tensors, **kwargs)
+
+        return call
+
+    truth = run(with_layer(reference, copy.deepcopy(layer).double()), exact(tensors), **SCALES)
+    formula, found = run(low(reference), tensors, **SCALES), run(low(fused), tensors, **SCALES)
+    for name, error in distance(found, truth).items():
+        assert found[name].dtype == (formula[name] if name == "output" else tensors[name]).dtype
+        assert error <= 2 * distance(formula, truth)[name] + 1e-3 * truth[name].norm().item(), name
+    with torch.no_grad():
+        output = low(fused)(tensors, **SCALES)
+    limit = 2 * distance(formula, truth)["output"] + 1e-3 * truth["output"].norm().item()
+    assert (output.double() - truth["output"]).norm() <= limit and output.dtype == formula["output"].dtype
+
+
+class OtherLinear(torch.nn.Linear):
+    pass
+
+
+def weight_of_another_kind(layer):
+    class Other(torch.Tensor):
+        pass
+
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Other), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.register_forward_hook(lambda *_: None),
+        lambda layer: layer.register_forward_pre_hook(lambda *_: None),
+        lambda layer: layer.register_full_backward_hook(lambda *_: None),
+        lambda layer: layer.register_full_backward_pre_hook(lambda *_: None),
+        lambda layer: layer.weight.requires_grad_(),
+        lambda layer: layer.bias.requires_grad_(),
+        lambda layer: setattr(layer, "forward", layer.forward),
+        lambda layer: setattr(layer, "__class__", OtherLinear),
+        weight_of_another_kind,
+    ],
+)
+def test_a_base_layer_that_does_more_is_called(change):
+    layer = frozen_linear()
+    assert separable(layer)
+    change(layer)
+    assert not separable(layer)
+
+
+def test_a_global_hook_calls_base_layers():
+    layer = frozen_linear()
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert not separable(layer)
+    finally:
+        handle.remove()
+    assert separable(layer) and not separable(torch.nn.Conv1d(1, 1, 1).requires_grad_(False))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_hook_on_a_base_layer_sees_its_output(grad):
+    model = randomize(adapted(fit=True))
+    layer, seen = first_layer(model), []
+    inputs = answered(24)
+    with torch.set_grad_enabled(grad):
+        expected = model(**inputs).logits
+        layer.base_layer.register_forward_hook(lambda module, args, output: seen.append((args[0], output.clone())))
+        found = model(**inputs).logits
+    torch.testing.assert_close(found, expected)
+    [(x, output)] = seen
+    torch.testing.assert_close(output, torch.nn.functional.linear(x, layer.base_layer.weight))
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 6])
@@ -257,7 +409,7 @@ def test_nothing_it_gets_is_changed(shape):
 @pytest.mark.parametrize("layout", ["grid", "paired"])
 @pytest.mark.parametrize("rank", [None, 4])
 def test_what_is_kept_for_the_backward_pass(layout, rank):
-    """The input, and what A and the router make of it: nothing as wide as the output, no copy of the input."""
+    """The input, what A and the router make of it, and what B is applied to: nothing as wide as the output, no copy."""
     r_b = 3 if layout == "paired" else 5
     tensors = draw((2, 100), d_in=40, d_out=56, r_a=3, r_b=r_b, layout=layout, router_rank=rank, dtype=torch.float32)
     kept = []
@@ -265,8 +417,12 @@ def test_what_is_kept_for_the_backward_pass(layout, rank):
         output = fused(tensors, layout=layout, **SCALES)
     given = {tensor.data_ptr() for name, tensor in tensors.items() if name != "result"}
     own = [tensor for tensor in kept if tensor.data_ptr() not in given]
-    features = 3 + (rank or num_experts(3, r_b, layout))
-    assert [tuple(tensor.shape) for tensor in own] == [(200, features)]
+    experts = num_experts(3, r_b, layout)
+    [[down, *features, routed, mixed]] = [[tuple(tensor.shape) for tensor in own]]
+    assert down == (3 + (rank or experts), 40)  # [A; R], which no number of tokens makes larger
+    assert (features, routed, mixed) == ([(200, 3 + rank)] if rank else [], (3 + experts, 200), (200, r_b))
+    assert len({tensor.untyped_storage().data_ptr() for tensor in own}) == len(own)
+    assert all(tensor.untyped_storage().nbytes() == 4 * tensor.numel() for tensor in own)  # and nothing beside them
     assert tensors["x"].data_ptr() in {tensor.data_ptr() for tensor in kept}
     output.sum().backward()
 

@@ -268,7 +268,7 @@ def test_the_fast_path_with_them_is_the_one_without(call, size, top_k, prior, ra
         return torch.randn(*shape, generator=generator)
 
     rows = {"one row": (1, experts), "a row a prompt": (3, experts), "a row a token": (3, 7, experts)}
-    tensors = {"result": normal(3, 7, 20), "x": normal(3, 7, 16), "A": normal(r_a, 16) / 4, "B": normal(20, r_b)}
+    tensors = {"base": normal(3, 7, 20), "x": normal(3, 7, 16), "A": normal(r_a, 16) / 4, "B": normal(20, r_b)}
     tensors |= {
         "router": normal(experts, rank or 16) / 4,
         "omega_logit": normal(1) / 100,

@@ -12,15 +12,18 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import kernels
 from .mixture import Layout, keep_strongest
+from .vectorised import Scales, mix, mix_backward
 
 SHORT = {torch.bfloat16, torch.float16}
 # CPUs without AVX-512 have no products in half precision; PyTorch's substitutes take up to ten times as long
 SLOW_ON_CPU = SHORT if torch.backends.cpu.get_cpu_capability() == "AVX2" else set()
+WIDE = {torch.float32, torch.float64}
 FEW = 64  # tokens, up to which calls cost more than arithmetic
 
 
@@ -44,8 +47,20 @@ def fusible(x: Tensor, A: Tensor) -> bool:
     return type(x) is Tensor and (x.is_cpu or (kernels.available(x) and kernels.available(A)))
 
 
+def separable(layer: nn.Module) -> bool:
+    """Whether a layer does nothing but multiply by frozen weights: then its product may be made beside the adapter's."""
+    if type(layer) is not nn.Linear or "forward" in layer.__dict__ or _has_any_global_hook():
+        return False
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return False
+    for each in layer._parameters.values():  # for which another kind of tensor may stand
+        if each is not None and (type(each) is not nn.Parameter or each.requires_grad):
+            return False
+    return True
+
+
 def add_mixture(
-    result: Tensor,
+    base: Tensor | nn.Module,
     x: Tensor,
     A: Tensor,
     B: Tensor,
@@ -56,16 +71,17 @@ def add_mixture(
     gate_logit: Tensor,
     settings: MixSettings,
 ) -> Tensor:
-    """`result` plus the output of one adapter, as [`rank_one_mixture`] defines it.
+    """The base layer's output plus that of one adapter, as [`rank_one_mixture`] defines it.
 
     Args:
-        result: (..., D_out), what the adapter's output is added to. It is not changed.
+        base: (..., D_out), what the adapter's output is added to; it is not changed. Or the base layer itself, if it is
+            [`separable`]: both then share one cast of the input, one output and one gradient of the input.
         x, A, B, router, router_down, prior, omega_logit, gate_logit: as in [`rank_one_mixture`]; router, omega_logit
             and gate_logit must be there.
         settings: the constants.
 
     Returns:
-        (..., D_out) in the dtype of `result`.
+        (..., D_out) in the dtype of the base layer's output.
 
     Raises:
         NotImplementedError: by the backward pass, for `create_graph=True`.
@@ -73,7 +89,11 @@ def add_mixture(
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
     # not whatever is short: a checkpointed forward, without gradients, must round as its second run does
-    if not torch.is_grad_enabled() and device == "cpu" and x.dim() == 3 and x.shape[1] == 1 and 0 < x.shape[0] <= FEW:
+    if device == "cpu" and x.dim() == 3 and x.shape[1] == 1 and 0 < x.shape[0] <= FEW and not torch.is_grad_enabled():
+        if isinstance(base, Tensor):
+            result = base.clone(memory_format=torch.contiguous_format)
+        else:
+            result = F.linear(x, base._parameters["weight"], base._parameters["bias"])  # type: ignore[arg-type]
         if not autocast:
             return _decode(result, x, A, B, router, router_down, prior, omega_logit, gate_logit, settings)
         with torch.autocast(device, enabled=False):
@@ -85,13 +105,22 @@ def add_mixture(
         dtype = torch.float32
     if prior is not None and prior.dim() == 3:  # one row for each token
         prior = prior.expand(*x.shape[:-1], prior.shape[-1]).flatten(0, 1)
+    rows = weight = bias = None
+    if not isinstance(base, Tensor):
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        given = weight.dtype if x.dtype == weight.dtype else None
+        if dtype != (torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else given):
+            base, weight, bias = base(x), None, None  # its product is made in another precision
+    if isinstance(base, Tensor):
+        # a view that an autograd function returned could not be changed in place, by an activation for instance
+        rows = base.reshape(-1, base.shape[-1])
     arguments = (A, B, router, router_down, prior, omega_logit, gate_logit, settings, dtype)
-    # a view that an autograd function returned could not be changed in place, by an activation for instance
-    rows = result.reshape(-1, result.shape[-1])
     if not autocast:
-        return _run(rows, x, *arguments).view(result.shape)
+        return _run(rows, weight, bias, x, *arguments).view(*x.shape[:-1], B.shape[0])
     with torch.autocast(device, enabled=False):
-        return _run(rows, x if dtype == torch.float32 else x.to(dtype), *arguments).view(result.shape)
+        x = x if dtype == torch.float32 else x.to(dtype)
+        weight, bias = (each if each is None else each.to(dtype) for each in (weight, bias))
+        return _run(rows, weight, bias, x, *arguments).view(*x.shape[:-1], B.shape[0])
 
 
 def _run(*arguments: Any) -> Tensor:
@@ -110,9 +139,9 @@ def _decode(
     gate_logit: Tensor,
     settings: MixSettings,
 ) -> Tensor:
-    """The output for x (B, 1, D_in) with as few calls as can be: on a CPU they are what decoding costs."""
+    """Adds to `result` the output for x (B, 1, D_in) with as few calls as can be: on a CPU they are what decoding costs."""
     alone = x.shape[0] == 1  # one row is a vector, and products with it take half as long
-    x = x.reshape(-1) if alone else x
+    x = x.view(-1) if alone else x
     if x.dtype != A.dtype:  # cheaper than a copy of the weights
         x = x.to(A.dtype)
     apply = _apply_to_vector if alone else F.linear
@@ -124,21 +153,27 @@ def _decode(
     if settings.top_k is not None:
         z = keep_strongest(z, settings.top_k)
     G = torch.softmax(z, -1)
-    scale, by_token, by_prior = _shares(_number(omega_logit, settings), prior, settings)
+    scales = Shares(_number(omega_logit, settings), _number(gate_logit, settings)).scales(prior, settings)
     if prior is not None:
         if not alone:
             prior = prior.view(-1, 1, prior.shape[-1])
-        G = torch.add(G, prior, alpha=by_prior) if by_token == 1 else torch.add(prior, G, alpha=by_token)
+        if scales.token == 1:
+            G = torch.add(G, prior, alpha=scales.known)
+        else:
+            G = torch.add(prior, G, alpha=scales.token)
+    r_a, r_b = settings.r_a, B.shape[1]
     if settings.layout == "paired":
         m = (a * G).view(a.shape)
     elif alone:
-        m = torch.mv(G.view(settings.r_a, -1).T, a)
+        m = torch.mv(G.as_strided((r_b, r_a), (1, r_b)), a)
     else:
-        m = torch.matmul(a.unsqueeze(-2), G.unflatten(-1, (settings.r_a, -1))).squeeze(-2)
-    delta = apply(m if m.dtype == A.dtype else m.to(A.dtype), B)
-    if result.dtype != A.dtype:
-        delta = delta.to(result.dtype)
-    return torch.add(result, delta, alpha=scale * _number(gate_logit, settings))
+        m = torch.matmul(a.unsqueeze(-2), G.view(*a.shape, r_b)).squeeze(-2)
+    m = m if m.dtype == A.dtype else m.to(A.dtype)
+    if alone and result.dtype == A.dtype:
+        result.view(-1).addmv_(B, m, alpha=scales.larger)
+        return result
+    delta = apply(m, B)
+    return result.add_(delta if delta.dtype == result.dtype else delta.to(result.dtype), alpha=scales.larger)
 
 
 def _apply_to_vector(x: Tensor, weight: Tensor) -> Tensor:
@@ -146,7 +181,9 @@ def _apply_to_vector(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _forward(
-    result: Tensor,
+    result: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
     x: Tensor,
     A: Tensor,
     B: Tensor,
@@ -157,23 +194,43 @@ def _forward(
     gate_logit: Tensor,
     settings: MixSettings,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """The output (N, D_out), as `result`, and [A; R] x (N, r_a + E), or (N, r_a + Q) if the router is reduced."""
-    tokens = x.reshape(-1, x.shape[-1]).to(dtype)
-    features = _product(tokens, _stack(A, router, router_down, dtype))
-    mixed = mix(_with_logits(features, router, router_down, settings), prior, omega_logit, gate_logit, settings)
-    up = B.to(dtype).T
-    if result.dtype == dtype:  # in one pass
-        return torch.addmm(result, mixed, up), features
-    return result + (mixed @ up).to(result.dtype), features
+) -> tuple[Tensor, list[Any]]:
+    """The output (N, D_out), and what the backward pass needs besides the arguments.
+
+    What is added to is `result` (N, D_out), or else the product with the base layer's weight.
+    """
+    tokens = _tokens(x, dtype)
+    down = _stack(A, router, router_down)
+    down, up = down if down.dtype == dtype else down.to(dtype), B if B.dtype == dtype else B.to(dtype)
+    shares, h = None, None
+    if kernels.available(tokens):
+        features = tokens @ down.T  # (N, r_a + E), or (N, r_a + Q) if the router is reduced
+        logits = _with_logits(features.T, router, router_down, settings).T
+        mixed = kernels.mix(logits, prior, omega_logit, gate_logit, **settings.of_kernels())  # (N, r_b)
+    else:
+        shares = Shares(_number(omega_logit, settings), _number(gate_logit, settings))
+        features = _tokens_last(tokens, down)
+        h = _wide(_with_logits(features, router, router_down, settings))
+        mixed = mix(h, settings.r_a, prior, shares.scales(prior, settings), paired=settings.layout == "paired")
+        mixed = (mixed if mixed.dtype == dtype else mixed.to(dtype)).T
+        features = features.T if router_down is not None else None
+    if result is None:
+        assert weight is not None
+        output = F.linear(tokens, weight, bias).addmm_(mixed, up.T)
+    elif result.dtype == dtype:  # in one pass
+        output = torch.addmm(result, mixed, up.T)
+    else:
+        output = result + (mixed @ up.T).to(result.dtype)
+    # a kernel mixes again in less time than it takes to keep what it made
+    return output, [down, up, features, h, None if h is None else mixed, shares]
 
 
 class _Mixture(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, result: Tensor, x: Tensor, *rest: Any) -> Tensor:
-        output, features = _forward(result, x, *rest)
+    def forward(ctx: Any, result: Any, weight: Any, bias: Any, x: Tensor, A: Any, B: Any, *rest: Any) -> Tensor:
+        output, (*kept, ctx.shares) = _forward(result, weight, bias, x, A, B, *rest)
         *tensors, ctx.settings, ctx.dtype = rest
-        ctx.save_for_backward(x, features, *tensors)
+        ctx.save_for_backward(weight, x, *tensors, *kept)
         return output
 
     @staticmethod
@@ -191,26 +248,40 @@ class _Mixture(torch.autograd.Function):
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, features, A, B, router, router_down, prior, omega_logit, gate_logit = ctx.saved_tensors
+    weight, x, router, router_down, prior, omega_logit, gate_logit, *kept = ctx.saved_tensors
+    down, up, features, h, mixed = kept
     settings, dtype = ctx.settings, ctx.dtype
     r_a = settings.r_a
-    needs_x, needs_prior = ctx.needs_input_grad[1], ctx.needs_input_grad[6]
-    tokens = x.reshape(-1, x.shape[-1]).to(dtype)
-    outgoing = grad.to(dtype)
-    h = _with_logits(features, router, router_down, settings)
-    d_mixed = _product(outgoing, B.to(dtype).T)
-    mixed, d_h, d_omega, d_gate, d_prior = mix_backward(
-        h, d_mixed, prior, omega_logit, gate_logit, settings, needs_prior
-    )
+    needs_x, needs_prior = ctx.needs_input_grad[3], ctx.needs_input_grad[8]
+    tokens = _tokens(x, dtype)
+    outgoing = grad if grad.dtype == dtype else grad.to(dtype)
+    if h is None:
+        logits = _with_logits(features.T, router, router_down, settings).T
+        mixed, d_h, d_omega, d_gate, d_prior = kernels.mix_backward(
+            logits, outgoing @ up, prior, omega_logit, gate_logit, needs_prior=needs_prior, **settings.of_kernels()
+        )
+    else:
+        scales, paired = ctx.shares.scales(prior, settings), settings.layout == "paired"
+        dm = _wide(_tokens_last(outgoing, up.T))
+        d_h, token, known, d_prior = mix_backward(h, r_a, prior, scales, dm, paired=paired, needs_prior=needs_prior)
+        d_omega, d_gate = (h.new_full((1,), each) for each in ctx.shares.gradients(token, known, settings))
+        d_h = d_h.T
+        if d_h.dtype != dtype:  # products in half precision take twice as long if the tokens do not stand first
+            d_h = d_h.to(dtype, memory_format=torch.contiguous_format)
     d_up = None
     if router_down is not None:
         d_logits = d_h[:, r_a:]
         d_up = d_logits.T @ features[:, r_a:]
         d_h = torch.cat((d_h[:, :r_a], d_logits @ router.to(dtype)), -1)
-    d_A, d_lower = (d_h.T @ tokens).tensor_split((r_a,))
+    d_A, d_lower = (d_h.T @ tokens).split((r_a, len(down) - r_a))
+    d_x = None
+    if needs_x:
+        d_x = (d_h @ down if weight is None else (outgoing @ weight).addmm_(d_h, down)).view(x.shape)
     return (  # autograd takes care of the dtypes
-        grad,
-        (d_h @ _stack(A, router, router_down, dtype)).view(x.shape) if needs_x else None,
+        grad if weight is None else None,
+        None,
+        None,
+        d_x,
         d_A,
         (mixed.T @ outgoing).T,
         d_lower if d_up is None else d_up,
@@ -223,28 +294,37 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight.T`, (N, r), of x (N, D) and a few rows (r, D)."""
-    if x.device.type == "cpu":  # this way round it takes down to a fifth of the time, and the mix vectorises
-        return (weight @ x.T).T
-    return x @ weight.T
+def _tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, D_in), of (..., D_in)."""
+    x = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+    return x if x.dtype == dtype else x.to(dtype)
 
 
-def _stack(A: Tensor, router: Tensor, router_down: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _tokens_last(x: Tensor, weight: Tensor) -> Tensor:
+    """`weight @ x.T` (r, N), of x (N, D) and a few rows (r, D). In half precision it is faster, and lies, the other way."""
+    return weight @ x.T if x.dtype in WIDE else (x @ weight.T).T
+
+
+def _wide(values: Tensor) -> Tensor:
+    """In float32 or wider, as softmax, weights and mix are computed; contiguous."""
+    return values if values.dtype in WIDE else values.to(torch.float32, memory_format=torch.contiguous_format)
+
+
+def _stack(A: Tensor, router: Tensor, router_down: Tensor | None) -> Tensor:
     """[A; R], (r_a + E, D_in), or (r_a + Q, D_in)."""
-    return torch.cat((A, router if router_down is None else router_down)).to(dtype)
+    return torch.cat((A, router if router_down is None else router_down))
 
 
 def _with_logits(features: Tensor, router: Tensor, router_down: Tensor | None, settings: MixSettings) -> Tensor:
-    """(N, r_a + E): what [A; R] leaves to do is done, a reduced router's upper factor and the choice of experts."""
+    """(r_a + E, N): what [A; R] leaves to do is done, a reduced router's upper factor and the choice of experts."""
     if router_down is None and settings.top_k is None:
         return features
-    a, z = features.T.tensor_split((settings.r_a,))
+    a, z = features.tensor_split((settings.r_a,))
     if router_down is not None:
         z = router.to(features.dtype) @ z
     if settings.top_k is not None:
         z = keep_strongest(z, settings.top_k, 0)
-    return torch.cat((a, z)).T
+    return torch.cat((a, z))
 
 
 def _number(logit: Tensor, settings: MixSettings) -> float:
@@ -254,101 +334,20 @@ def _number(logit: Tensor, settings: MixSettings) -> float:
     return 1 / (1 + grown) if scaled > 0 else grown / (1 + grown)
 
 
-def _shares(omega: float, prior: Tensor | None, settings: MixSettings) -> tuple[float, float, float]:
-    """`G = scale * (by_token * softmax + by_prior * prior)`, where the larger of the two shares is one."""
-    token, known = omega * settings.token_scale, (1 - omega) * settings.prior_scale
-    if prior is None:
-        return token, 1.0, 0.0
-    return (token, 1.0, known / token) if token > known else (known, token / known, 1.0)
+class Shares(NamedTuple):
+    """omega and the gate, as numbers."""
 
+    omega: float
+    gate: float
 
-def mix(h: Tensor, prior: Tensor | None, omega_logit: Tensor, gate_logit: Tensor, settings: MixSettings) -> Tensor:
-    """What B is applied to, `gate * (a G)`, (N, r_b) in h's dtype.
+    def scales(self, prior: Tensor | None, settings: MixSettings) -> Scales:
+        """What the token's part and the prior's are multiplied by."""
+        by_token, by_prior = self.omega * settings.token_scale, (1 - self.omega) * settings.prior_scale
+        return Scales.of(self.gate * by_token, 0.0 if prior is None else self.gate * by_prior)
 
-    Args:
-        h: (N, r_a + E), the features a and the router's logits.
-        prior: (P, E), or None; N is a multiple of P.
-        omega_logit, gate_logit: one element each.
-        settings: the constants.
-    """
-    if kernels.available(h):
-        return kernels.mix(h, prior, omega_logit, gate_logit, **settings.of_kernels())
-    scale, by_token, by_prior = _shares(_number(omega_logit, settings), prior, settings)
-    a, _, G = _weights(h, prior, by_token, by_prior, settings)
-    return _contract(a, G, settings).mul_(scale * _number(gate_logit, settings)).to(h.dtype).T
-
-
-def _weights(
-    h: Tensor, prior: Tensor | None, by_token: float, by_prior: float, settings: MixSettings
-) -> tuple[Tensor, Tensor, Tensor]:
-    """a (r_a, N), softmax (E, N) and G / scale (E, N) in float32 or wider; the tokens stand last."""
-    dtype = torch.promote_types(h.dtype, torch.float32)
-    columns = h.T
-    p = torch.softmax(columns[settings.r_a :], 0, dtype=dtype)
-    G = p
-    if prior is not None:
-        each, known = _by_prior(p, prior), prior.T.to(dtype).unsqueeze(2)
-        G = torch.empty_like(p)
-        smaller = (each, known, by_prior) if by_token == 1 else (known, each, by_token)
-        torch.add(*smaller[:2], alpha=smaller[2], out=_by_prior(G, prior))
-    return columns[: settings.r_a].to(dtype), p, G
-
-
-def _by_prior(values: Tensor, prior: Tensor) -> Tensor:
-    """(E, P, N / P), of (E, N)."""
-    experts, tokens = values.shape
-    return values.view(experts, len(prior), tokens // max(1, len(prior)))
-
-
-def _by_input(values: Tensor, settings: MixSettings) -> Tensor:
-    """(r_a, r_b, N), of (E, N) in the grid layout."""
-    experts, tokens = values.shape
-    return values.view(settings.r_a, experts // settings.r_a, tokens)
-
-
-def _contract(a: Tensor, G: Tensor, settings: MixSettings) -> Tensor:
-    """a G (r_b, N)."""
-    return a * G if settings.layout == "paired" else (a.unsqueeze(1) * _by_input(G, settings)).sum(0)
-
-
-def mix_backward(
-    h: Tensor,
-    du: Tensor,
-    prior: Tensor | None,
-    omega_logit: Tensor,
-    gate_logit: Tensor,
-    settings: MixSettings,
-    needs_prior: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """[`mix`] again, and the gradients of its inputs for du (N, r_b): of h, of both logits, of the prior."""
-    if kernels.available(h):
-        return kernels.mix_backward(
-            h, du, prior, omega_logit, gate_logit, needs_prior=needs_prior, **settings.of_kernels()
+    def gradients(self, token: float, known: float, settings: MixSettings) -> tuple[float, float]:
+        """Of the two logits, from both parts' shares in the sum of m * dm."""
+        return (
+            settings.temperature * ((1 - self.omega) * token - self.omega * known),
+            settings.temperature * (1 - self.gate) * (token + known),
         )
-    omega, gate = _number(omega_logit, settings), _number(gate_logit, settings)
-    scale, by_token, by_prior = _shares(omega, prior, settings)
-    a, p, G = _weights(h, prior, by_token, by_prior, settings)
-    m = _contract(a, G, settings)
-    dm = du.T.to(a.dtype) * (scale * gate)  # of m as it is here, without scale and gate
-    d_gate = float((dm * m).sum()) * (1 - gate) * settings.temperature
-    if settings.layout == "paired":
-        d_a, d_G = dm * G, dm * a
-    else:
-        d_a = (_by_input(G, settings) * dm).sum(1)
-        d_G = (a.unsqueeze(1) * dm).view(G.shape)
-    d_z = p * d_G
-    along = d_z.sum(0)
-    d_z.addcmul_(p, along, value=-1)
-    if by_token != 1:
-        d_z *= by_token
-    d_omega, d_prior = settings.token_scale * float(along.sum()), None
-    if prior is not None:
-        d_rows = _by_prior(d_G, prior).sum(2).T
-        d_omega -= settings.prior_scale * float((d_rows * prior).sum())
-        d_prior = d_rows * by_prior if needs_prior else None
-    # times omega (1 - omega) / scale, in which a factor cancels
-    d_omega *= settings.temperature * (
-        (1 - omega) / settings.token_scale if by_token == 1 else omega / settings.prior_scale
-    )
-    logits = a.new_tensor([d_omega, d_gate])
-    return m.mul_(scale * gate).to(h.dtype).T, torch.cat((d_a, d_z)).to(h.dtype).T, logits[:1], logits[1:], d_prior

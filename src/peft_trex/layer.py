@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from .config import TRexConfig
-from .fused import MixSettings, add_mixture, fusible
+from .fused import MixSettings, add_mixture, fusible, separable
 from .mixture import expert_weights, mean_core, num_experts, rank_one_mixture
 from .prior import PriorChannel
 from .quantized import read_weight, restore_weight, write_weight
@@ -261,8 +261,8 @@ class TRexLayer(BaseTunerLayer):
             for module in offloaded:
                 module._hf_hook.post_forward(module, None)
 
-    def _add_adapter(self, adapter_name: str, result: Tensor, x: Tensor) -> Tensor:
-        """`result` (..., D_out) plus the adapter's output for the input `x` (..., D_in)."""
+    def _add_adapter(self, adapter_name: str, result: Tensor | nn.Module, x: Tensor) -> Tensor:
+        """`result` (..., D_out), or the base layer's output, plus the adapter's for the input `x` (..., D_in)."""
         A = self._find("trex_A", adapter_name)
         if A.is_meta and hasattr(self.trex_A, "_hf_hook"):
             with self._onloaded():
@@ -272,6 +272,7 @@ class TRexLayer(BaseTunerLayer):
         # stand for others, have nothing else
         if fused is not None and (not fusible(x, A) or torch.compiler.is_compiling() or torch.jit.is_tracing()):
             fused = None
+        own = x
         # bfloat16 needs no copy in float32 there
         if x.dtype != A.dtype and (fused is None or x.dtype != torch.bfloat16 or A.dtype != torch.float32):
             x = self._cast_input_dtype(x, A.dtype)
@@ -282,6 +283,8 @@ class TRexLayer(BaseTunerLayer):
         dropout = self._modules["trex_dropout"]._modules[adapter_name]  # type: ignore[attr-defined]
         if type(dropout) is not nn.Identity:
             x = dropout(x)
+        if x is not own or router is None or fused is None:
+            result = result if isinstance(result, Tensor) else result(own)
         running = self._channel.running.prior
         if running is not None and running.losses is not None and router is not None:
             running.losses.add(adapter_name, x, router, down, self.trex_settings[adapter_name]["top_k"])
@@ -393,14 +396,17 @@ class Linear(nn.Module, TRexLayer):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         base_layer: Any = self._modules["base_layer"]  # decoding feels the time that properties take, as in _find
-        result = base_layer(x, *args, **kwargs)
+        active = self._active_adapter
+        if self.merged_adapters or args or kwargs or not separable(base_layer):
+            result = base_layer(x, *args, **kwargs)
+        else:
+            result = base_layer
         if self.merged_adapters:
             return result
-        active = self._active_adapter
         for name in (active,) if isinstance(active, str) else active:
             if name in self.trex_fused:
                 result = self._add_adapter(name, result, x)
-        return result
+        return result if isinstance(result, Tensor) else result(x)
 
     def __repr__(self) -> str:
         return "trex." + super().__repr__()

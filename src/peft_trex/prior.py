@@ -207,7 +207,8 @@ class PriorChannel:
         scores = running.scores.get(adapter_name)
         if scores is None:
             return None
-        scores = scores.to(x.device)  # which is another one in a model that is spread over several
+        if scores.device != x.device:  # as in a model that is spread over several
+            scores = scores.to(x.device)
         rows = scores.shape[0]
         if scores.dim() == 3:  # for each token its own
             if x.shape[:-1] == scores.shape[:-1]:
