@@ -83,7 +83,7 @@ def frozen_linear(d_in=16, d_out=20, bias=True, dtype=torch.float64):
 
 
 def with_layer(function, layer):
-    """The reference, or the fast path, with what a layer makes of x in place of `result`; the fast path makes it too."""
+    """The reference with what a layer makes of x in place of `result`, or the fast path, which makes that too."""
 
     def call(tensors, **kwargs):
         return function({**tensors, "result": layer if function is fused else layer(tensors["x"])}, **kwargs)
@@ -164,7 +164,7 @@ def test_a_base_layer_and_an_input_without_gradient():
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (2, 83)], ids=str)
-@pytest.mark.parametrize("products", ["as on this machine", "in half precision"])
+@pytest.mark.parametrize("slow", [set(), peft_trex.fused.SHORT], ids=["in half precision", "without AVX-512"])
 @pytest.mark.parametrize(
     ("base", "adapter", "autocast"),
     [
@@ -177,10 +177,9 @@ def test_a_base_layer_and_an_input_without_gradient():
     ],
     ids=str,
 )
-def test_a_base_layer_in_low_precision(base, adapter, autocast, products, shape, monkeypatch):
+def test_a_base_layer_in_low_precision(base, adapter, autocast, slow, shape, monkeypatch):
     """Against float64: at most twice the formula's own error, in outputs and every gradient."""
-    if products == "in half precision":
-        monkeypatch.setattr(peft_trex.fused, "SLOW_ON_CPU", set())
+    monkeypatch.setattr(peft_trex.fused, "SLOW_ON_CPU", slow)
     tensors = {name: tensor.detach().to(adapter) for name, tensor in draw(shape, 64, 48, 4, 8).items()}
     tensors = {**without("result", tensors), "x": tensors["x"].to(base)}
     layer = frozen_linear(64, 48, dtype=base)
@@ -409,7 +408,7 @@ def test_nothing_it_gets_is_changed(shape):
 @pytest.mark.parametrize("layout", ["grid", "paired"])
 @pytest.mark.parametrize("rank", [None, 4])
 def test_what_is_kept_for_the_backward_pass(layout, rank):
-    """The input, what A and the router make of it, and what B is applied to: nothing as wide as the output, no copy."""
+    """The input, what A and the router make of it, what B is applied to: nothing as wide as the output, no copy."""
     r_b = 3 if layout == "paired" else 5
     tensors = draw((2, 100), d_in=40, d_out=56, r_a=3, r_b=r_b, layout=layout, router_rank=rank, dtype=torch.float32)
     kept = []

@@ -1,8 +1,9 @@
 """The fast path of the mixture: what [`rank_one_mixture`] computes, with a backward pass written by hand.
 
-It keeps the layer's input and what [A; R] makes of it, (N, r_a + E), and nothing of width D_out. Softmax, weights and
-mix are in float32 or wider, and are computed again in the backward pass; the products with A, R and B are in the dtype
-of the input, or of autocast. `mixture.py` is the ground truth, and explains the axes; here N is the number of tokens
+It keeps the layer's input, what [A; R] makes of it, (N, r_a + E), and what B is applied to, (N, r_b): nothing of width
+D_out. Softmax, weights and mix are in float32 or wider; the products with A, R and B are in the dtype of the input, or
+of autocast. A base layer that is plain and frozen has its products made here too, so that its output and the gradient
+of its input are written once. `mixture.py` is the ground truth, and explains the axes; here N is the number of tokens
 of all rows, and P that of the prior's rows, each of which holds for N / P tokens.
 """
 
@@ -48,7 +49,7 @@ def fusible(x: Tensor, A: Tensor) -> bool:
 
 
 def separable(layer: nn.Module) -> bool:
-    """Whether a layer does nothing but multiply by frozen weights: then its product may be made beside the adapter's."""
+    """Whether a layer does nothing but multiply by frozen weights, so that its product may be made elsewhere."""
     if type(layer) is not nn.Linear or "forward" in layer.__dict__ or _has_any_global_hook():
         return False
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
@@ -60,7 +61,7 @@ def separable(layer: nn.Module) -> bool:
 
 
 def add_mixture(
-    base: Tensor | nn.Module,
+    base: Tensor | nn.Linear,
     x: Tensor,
     A: Tensor,
     B: Tensor,
@@ -74,8 +75,8 @@ def add_mixture(
     """The base layer's output plus that of one adapter, as [`rank_one_mixture`] defines it.
 
     Args:
-        base: (..., D_out), what the adapter's output is added to; it is not changed. Or the base layer itself, if it is
-            [`separable`]: both then share one cast of the input, one output and one gradient of the input.
+        base: (..., D_out), what the adapter's output is added to; it is not changed. Or the base layer itself, if
+            it is [`separable`]: both then share one cast of the input, one output and one gradient of the input.
         x, A, B, router, router_down, prior, omega_logit, gate_logit: as in [`rank_one_mixture`]; router, omega_logit
             and gate_logit must be there.
         settings: the constants.
@@ -93,7 +94,7 @@ def add_mixture(
         if isinstance(base, Tensor):
             result = base.clone(memory_format=torch.contiguous_format)
         else:
-            result = F.linear(x, base._parameters["weight"], base._parameters["bias"])  # type: ignore[arg-type]
+            result = F.linear(x, base.weight, base.bias)
         if not autocast:
             return _decode(result, x, A, B, router, router_down, prior, omega_logit, gate_logit, settings)
         with torch.autocast(device, enabled=False):
@@ -101,26 +102,28 @@ def add_mixture(
     dtype = x.dtype
     if autocast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    if device == "cpu" and dtype in SLOW_ON_CPU:
+    slow = device == "cpu" and dtype in SLOW_ON_CPU
+    if slow:
         dtype = torch.float32
     if prior is not None and prior.dim() == 3:  # one row for each token
         prior = prior.expand(*x.shape[:-1], prior.shape[-1]).flatten(0, 1)
-    rows = weight = bias = None
-    if not isinstance(base, Tensor):
-        weight, bias = base._parameters["weight"], base._parameters["bias"]
-        given = weight.dtype if x.dtype == weight.dtype else None
-        if dtype != (torch.get_autocast_dtype(device) if autocast and x.dtype != torch.float64 else given):
-            base, weight, bias = base(x), None, None  # its product is made in another precision
-    if isinstance(base, Tensor):
+    rows: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    if not isinstance(base, Tensor) and not slow:
+        weight, bias = base.weight, base.bias
+    else:
+        result = base if isinstance(base, Tensor) else base(x)
         # a view that an autograd function returned could not be changed in place, by an activation for instance
-        rows = base.reshape(-1, base.shape[-1])
+        rows = result.reshape(-1, result.shape[-1])
     arguments = (A, B, router, router_down, prior, omega_logit, gate_logit, settings, dtype)
+    shape = (*x.shape[:-1], B.shape[0])
     if not autocast:
-        return _run(rows, weight, bias, x, *arguments).view(*x.shape[:-1], B.shape[0])
+        return _run(rows, weight, bias, x, *arguments).view(shape)
     with torch.autocast(device, enabled=False):
         x = x if dtype == torch.float32 else x.to(dtype)
         weight, bias = (each if each is None else each.to(dtype) for each in (weight, bias))
-        return _run(rows, weight, bias, x, *arguments).view(*x.shape[:-1], B.shape[0])
+        return _run(rows, weight, bias, x, *arguments).view(shape)
 
 
 def _run(*arguments: Any) -> Tensor:
@@ -139,7 +142,7 @@ def _decode(
     gate_logit: Tensor,
     settings: MixSettings,
 ) -> Tensor:
-    """Adds to `result` the output for x (B, 1, D_in) with as few calls as can be: on a CPU they are what decoding costs."""
+    """Adds the output for x (B, 1, D_in) to `result`, with few calls: on a CPU they are what decoding costs."""
     alone = x.shape[0] == 1  # one row is a vector, and products with it take half as long
     x = x.view(-1) if alone else x
     if x.dtype != A.dtype:  # cheaper than a copy of the weights
@@ -199,21 +202,22 @@ def _forward(
 
     What is added to is `result` (N, D_out), or else the product with the base layer's weight.
     """
-    tokens = _tokens(x, dtype)
+    tokens, shares, h = _tokens(x, dtype), None, None
+    kept: Tensor | None
     down = _stack(A, router, router_down)
     down, up = down if down.dtype == dtype else down.to(dtype), B if B.dtype == dtype else B.to(dtype)
-    shares, h = None, None
     if kernels.available(tokens):
         features = tokens @ down.T  # (N, r_a + E), or (N, r_a + Q) if the router is reduced
         logits = _with_logits(features.T, router, router_down, settings).T
         mixed = kernels.mix(logits, prior, omega_logit, gate_logit, **settings.of_kernels())  # (N, r_b)
+        kept = features  # of which a kernel makes the rest again, in less time than keeping it takes
     else:
         shares = Shares(_number(omega_logit, settings), _number(gate_logit, settings))
         features = _tokens_last(tokens, down)
+        kept = None if router_down is None else features.T
         h = _wide(_with_logits(features, router, router_down, settings))
         mixed = mix(h, settings.r_a, prior, shares.scales(prior, settings), paired=settings.layout == "paired")
         mixed = (mixed if mixed.dtype == dtype else mixed.to(dtype)).T
-        features = features.T if router_down is not None else None
     if result is None:
         assert weight is not None
         output = F.linear(tokens, weight, bias).addmm_(mixed, up.T)
@@ -221,8 +225,7 @@ def _forward(
         output = torch.addmm(result, mixed, up.T)
     else:
         output = result + (mixed @ up.T).to(result.dtype)
-    # a kernel mixes again in less time than it takes to keep what it made
-    return output, [down, up, features, h, None if h is None else mixed, shares]
+    return output, [down, up, kept, h, None if h is None else mixed, shares]
 
 
 class _Mixture(torch.autograd.Function):
@@ -301,7 +304,7 @@ def _tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _tokens_last(x: Tensor, weight: Tensor) -> Tensor:
-    """`weight @ x.T` (r, N), of x (N, D) and a few rows (r, D). In half precision it is faster, and lies, the other way."""
+    """`weight @ x.T` (r, N), of x (N, D) and a few rows (r, D); its strides are those of the faster product."""
     return weight @ x.T if x.dtype in WIDE else (x @ weight.T).T
 
 

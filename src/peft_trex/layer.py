@@ -261,12 +261,12 @@ class TRexLayer(BaseTunerLayer):
             for module in offloaded:
                 module._hf_hook.post_forward(module, None)
 
-    def _add_adapter(self, adapter_name: str, result: Tensor | nn.Module, x: Tensor) -> Tensor:
-        """`result` (..., D_out), or the base layer's output, plus the adapter's for the input `x` (..., D_in)."""
+    def _add_adapter(self, adapter_name: str, base: Tensor | nn.Linear, x: Tensor) -> Tensor:
+        """The base layer's output (..., D_out), or what it makes of x (..., D_in), plus the adapter's output."""
         A = self._find("trex_A", adapter_name)
         if A.is_meta and hasattr(self.trex_A, "_hf_hook"):
             with self._onloaded():
-                return self._add_adapter(adapter_name, result, x)
+                return self._add_adapter(adapter_name, base, x)
         fused = self.trex_fused[adapter_name]
         # what is traced is fused by its compiler, which does better with the formula; other devices, and tensors that
         # stand for others, have nothing else
@@ -283,16 +283,17 @@ class TRexLayer(BaseTunerLayer):
         dropout = self._modules["trex_dropout"]._modules[adapter_name]  # type: ignore[attr-defined]
         if type(dropout) is not nn.Identity:
             x = dropout(x)
-        if x is not own or router is None or fused is None:
-            result = result if isinstance(result, Tensor) else result(own)
+        if not isinstance(base, Tensor) and (x is not own or router is None or fused is None):
+            base = base(own)
         running = self._channel.running.prior
         if running is not None and running.losses is not None and router is not None:
             running.losses.add(adapter_name, x, router, down, self.trex_settings[adapter_name]["top_k"])
         if fused is not None and router is not None:
-            return add_mixture(result, x, A, B, router, down, prior, omega, gate, fused)
+            return add_mixture(base, x, A, B, router, down, prior, omega, gate, fused)
         settings = self.trex_settings[adapter_name]
         output = rank_one_mixture(x, A, B, router, prior, omega, gate, router_down=down, **settings)
-        return result + output.to(result.dtype)
+        assert isinstance(base, Tensor)
+        return base + output.to(base.dtype)
 
 
 class Linear(nn.Module, TRexLayer):
@@ -396,17 +397,15 @@ class Linear(nn.Module, TRexLayer):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         base_layer: Any = self._modules["base_layer"]  # decoding feels the time that properties take, as in _find
-        active = self._active_adapter
-        if self.merged_adapters or args or kwargs or not separable(base_layer):
-            result = base_layer(x, *args, **kwargs)
-        else:
-            result = base_layer
         if self.merged_adapters:
-            return result
+            return base_layer(x, *args, **kwargs)
+        # what is simple enough for it is left to the first adapter, which makes both products together
+        result = base_layer if not args and not kwargs and separable(base_layer) else base_layer(x, *args, **kwargs)
+        active = self._active_adapter
         for name in (active,) if isinstance(active, str) else active:
             if name in self.trex_fused:
                 result = self._add_adapter(name, result, x)
-        return result if isinstance(result, Tensor) else result(x)
+        return result(x) if result is base_layer else result
 
     def __repr__(self) -> str:
         return "trex." + super().__repr__()

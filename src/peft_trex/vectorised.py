@@ -32,8 +32,8 @@ def mix(h: Tensor, r_a: int, prior: Tensor | None, scales: Scales, *, paired: bo
     """What B is applied to, `m = a (by_token * softmax(z) + by_prior * prior)`.
 
     Args:
-        h: (r_a + E, N), the features a and the router's logits z, float32 or float64, contiguous. The softmax takes the
-            place of the logits, as [`mix_backward`] wants it.
+        h: (r_a + E, N), the features a and the router's logits z, float32 or float64, contiguous. The softmax takes
+            the place of the logits, as [`mix_backward`] wants it.
         r_a: how many rows of `h` are features.
         prior: (P, E), or None.
         scales: by_token and by_prior.
