@@ -246,6 +246,12 @@ def test_a_global_hook_calls_base_layers():
     assert separable(layer) and not separable(torch.nn.Conv1d(1, 1, 1).requires_grad_(False))
 
 
+def test_arguments_that_a_base_layer_does_not_know_are_not_dropped():
+    layer = first_layer(adapted(fit=False))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'scale'"):
+        layer(torch.ones(1, layer.in_features), scale=2)
+
+
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_hook_on_a_base_layer_sees_its_output(grad):
     model = randomize(adapted(fit=True))

@@ -68,7 +68,7 @@ def mix_backward(
     torch.sum(weights * each, 1, out=d_h[:r_a])
     d_weights = (a * each).flatten(0, 1)
     torch._softmax_backward_data(d_weights, p, 0, h.dtype, grad_input=d_z)
-    token = scales.token * float(torch.dot(p.flatten(), d_weights.flatten()))
+    token = scales.token * float(torch.dot(p.view(-1), d_weights.view(-1)))
     if scales.token != 1:
         d_z *= scales.token
     if prior is None:
@@ -84,11 +84,10 @@ def _weights(h: Tensor, r_a: int, prior: Tensor | None, scales: Scales) -> tuple
     a, G = h.as_strided((r_a, 1, tokens), (tokens, tokens, 1)), h[r_a:]
     if prior is not None:
         each, known = _by_prompt(G, prior), prior.to(h.dtype).T.unsqueeze(2)
-        G = torch.empty_like(each)  # which is not left to the order of the operands' axes
         if scales.token == 1:
-            torch.add(each, known, alpha=scales.known, out=G)
-        else:
-            torch.add(known, each, alpha=scales.token, out=G)
+            G = torch.add(each, known, alpha=scales.known)
+        else:  # where the result would have the axes of `known` in memory
+            G = torch.add(known, each, alpha=scales.token, out=torch.empty_like(each))
     return a, G.view(r_a, rows // r_a - 1, tokens)
 
 
