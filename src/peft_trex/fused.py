@@ -225,7 +225,8 @@ def _forward(
         output = torch.addmm(result, mixed, up.T)
     else:
         output = result + (mixed @ up.T).to(result.dtype)
-    return output, [down, up, kept, h, None if h is None else mixed, shares]
+    cast = None if dtype == A.dtype else down  # to stack again costs little, to cast again does not
+    return output, [cast, up, kept, h, None if h is None else mixed, shares]
 
 
 class _Mixture(torch.autograd.Function):
@@ -233,7 +234,7 @@ class _Mixture(torch.autograd.Function):
     def forward(ctx: Any, result: Any, weight: Any, bias: Any, x: Tensor, A: Any, B: Any, *rest: Any) -> Tensor:
         output, (*kept, ctx.shares) = _forward(result, weight, bias, x, A, B, *rest)
         *tensors, ctx.settings, ctx.dtype = rest
-        ctx.save_for_backward(weight, x, *tensors, *kept)
+        ctx.save_for_backward(weight, x, A, *tensors, *kept)
         return output
 
     @staticmethod
@@ -251,8 +252,9 @@ class _Mixture(torch.autograd.Function):
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    weight, x, router, router_down, prior, omega_logit, gate_logit, *kept = ctx.saved_tensors
+    weight, x, A, router, router_down, prior, omega_logit, gate_logit, *kept = ctx.saved_tensors
     down, up, features, h, mixed = kept
+    down = _stack(A, router, router_down).to(dtype) if down is None else down
     settings, dtype = ctx.settings, ctx.dtype
     r_a = settings.r_a
     needs_x, needs_prior = ctx.needs_input_grad[3], ctx.needs_input_grad[8]
