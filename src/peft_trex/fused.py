@@ -254,8 +254,8 @@ class _Mixture(torch.autograd.Function):
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, x, A, router, router_down, prior, omega_logit, gate_logit, *kept = ctx.saved_tensors
     down, up, features, h, mixed = kept
-    down = _stack(A, router, router_down).to(dtype) if down is None else down
     settings, dtype = ctx.settings, ctx.dtype
+    down = _stack(A, router, router_down).to(dtype) if down is None else down
     r_a = settings.r_a
     needs_x, needs_prior = ctx.needs_input_grad[3], ctx.needs_input_grad[8]
     tokens = _tokens(x, dtype)
