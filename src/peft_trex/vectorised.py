@@ -1,7 +1,7 @@
 """The mix on CPUs: all that stands between the product with [A; R] and the one with B, in as few operations as can be.
 
-Between the products of a training step a CPU's caches hold other things, and each operation takes some 30 us, whatever
-its arithmetic. Hence views by their strides, what is written in place, and no intermediate that another one can give.
+Between the products of a training step a CPU's caches hold other things, and an operation takes 10 to 50 us, measured
+on two cores, whatever its arithmetic. Hence what is written in place, and no intermediate that another one can give.
 `mixture.py` has the readable reference.
 
 Axis legend: N tokens, which stand last, since that vectorises; E experts, P rows of the prior, for N / P tokens each.
