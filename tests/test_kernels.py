@@ -236,6 +236,18 @@ def test_the_priors_gradient_is_left_out_unless_asked_for(call, prior):
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
 
 
+def with_base(leaves, mix_settings):
+    """The fast path on an output `base`, or on a frozen layer with the weight `base.T`, which is computed along."""
+    if leaves["base"].dim() == 2:
+        layer = torch.nn.Linear(*leaves["base"].shape, bias=False).requires_grad_(False)
+        layer.weight.data = leaves["base"].detach().T.contiguous()
+        leaves["base"] = layer
+    output = add_mixture(**{"prior": None, "router_down": None, **leaves}, settings=mix_settings)
+    if not isinstance(leaves["base"], torch.Tensor):
+        del leaves["base"]
+    return output
+
+
 def fast_path(tensors, outgoing, autocast, mix_settings):
     """Output and gradients of the whole fast path with the kernels in it, and how often they were called."""
     calls = []
@@ -246,7 +258,7 @@ def fast_path(tensors, outgoing, autocast, mix_settings):
     try:
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
         with torch.autocast(outgoing.device.type, torch.float16, enabled=autocast):
-            output = add_mixture(**{"prior": None, "router_down": None, **leaves}, settings=mix_settings)
+            output = with_base(leaves, mix_settings)
         found = torch.autograd.grad(output, list(leaves.values()), outgoing.to(output.dtype))
     finally:
         for name, original in originals.items():
@@ -259,7 +271,8 @@ def fast_path(tensors, outgoing, autocast, mix_settings):
 @pytest.mark.parametrize("rank", [None, 6])
 @pytest.mark.parametrize("prior", ["none", "one row", "a row a prompt", "a row a token"])
 @pytest.mark.parametrize(("size", "top_k"), [("4 x 8", None), ("5 pairs", None), ("4 x 8", 3)])
-def test_the_fast_path_with_them_is_the_one_without(call, size, top_k, prior, rank, autocast):
+@pytest.mark.parametrize("base", ["output", "layer"])
+def test_the_fast_path_with_them_is_the_one_without(call, base, size, top_k, prior, rank, autocast):
     layout, r_a, r_b = SIZES[size]
     experts = r_a * r_b if layout == "grid" else r_a
     generator = torch.Generator().manual_seed(0)
@@ -268,7 +281,9 @@ def test_the_fast_path_with_them_is_the_one_without(call, size, top_k, prior, ra
         return torch.randn(*shape, generator=generator)
 
     rows = {"one row": (1, experts), "a row a prompt": (3, experts), "a row a token": (3, 7, experts)}
-    tensors = {"base": normal(3, 7, 20), "x": normal(3, 7, 16), "A": normal(r_a, 16) / 4, "B": normal(20, r_b)}
+    given = normal(3, 7, 20)
+    given = given if base == "output" else given.flatten()[:320].view(16, 20) / 4
+    tensors = {"base": given, "x": normal(3, 7, 16), "A": normal(r_a, 16) / 4, "B": normal(20, r_b)}
     tensors |= {
         "router": normal(experts, rank or 16) / 4,
         "omega_logit": normal(1) / 100,
@@ -281,7 +296,7 @@ def test_the_fast_path_with_them_is_the_one_without(call, size, top_k, prior, ra
     *found, calls = call(fast_path, tensors, outgoing, autocast, mix_settings)
     assert calls == ["mix", "mix_backward"]
     leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
-    output = add_mixture(**{"prior": None, "router_down": None, **leaves}, settings=mix_settings)
+    output = with_base(leaves, mix_settings)
     wanted = output, *torch.autograd.grad(output, list(leaves.values()), outgoing)
     for name, one, other in zip(("output", *leaves), found, wanted, strict=True):
         # the logits' gradients are what is left of large sums
