@@ -19,7 +19,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -161,9 +161,16 @@ def _check(experiment: Experiment, path: Path) -> None:
 class Queue:
     """The runs of an experiment, and which of them are done."""
 
-    def __init__(self, experiment: Experiment, corpus: corpora.Corpus, results: Path) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        corpus: corpora.Corpus,
+        results: Path,
+        wanted: Callable[[Run], bool] = lambda run: True,
+    ) -> None:
         self.experiment = experiment
         self.corpus = corpus
+        self.wanted = wanted
         self.path = results / f"{experiment.name}.jsonl"
         self._digests = [corpora.digest(rows) for rows in (corpus.train, corpus.validation, corpus.test)]
 
@@ -175,12 +182,10 @@ class Queue:
         words = json.dumps([settings, self._digests, method], sort_keys=True)
         return hashlib.sha256(words.encode()).hexdigest()[:8]
 
-    def runs(self, chosen: Mapping[str, float], only: set[str] | None = None) -> Iterator[Run]:
+    def runs(self, chosen: Mapping[str, float]) -> Iterator[Run]:
         """In the order in which they are made: seed after seed. Final runs as far as learning rates are chosen."""
         for number, seed in enumerate(self.experiment.seeds):
             for name in self.experiment.methods:
-                if only is not None and name not in only:
-                    continue
                 fingerprint = self.fingerprint(name)
                 trained = METHODS[name].trained
                 if number == 0 and trained:
@@ -213,9 +218,9 @@ class Queue:
                 found[name] = max(rates, key=lambda rate: -math.inf if math.isnan(scores[rate]) else scores[rate])
         return found
 
-    def missing(self, only: set[str] | None = None) -> list[Run]:
+    def missing(self) -> list[Run]:
         done = self.done()
-        return [run for run in self.runs(self.chosen(done), only) if run not in done]
+        return [run for run in self.runs(self.chosen(done)) if self.wanted(run) and run not in done]
 
     def add(self, row: Mapping[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -381,9 +386,9 @@ def _last_whole_checkpoint(folder: Path) -> str | None:
     return None
 
 
-def work_off(experiment: Experiment, queue: Queue, bench: Bench, only: set[str] | None) -> None:
+def work_off(experiment: Experiment, queue: Queue, bench: Bench) -> None:
     """Make every run that is missing and that nobody else is at."""
-    while any(_make(run, experiment, queue, bench) for run in queue.missing(only)):
+    while any(_make(run, experiment, queue, bench) for run in queue.missing()):
         gc.collect()  # models hold themselves in circles
         if bench.device == "cuda":
             torch.cuda.empty_cache()
@@ -424,23 +429,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("experiment", nargs="+", type=Path, help="experiment files, worked off in this order")
     parser.add_argument("--data", type=Path, help="folder with train.jsonl[.gz] and test.jsonl[.gz]")
     parser.add_argument("--method", nargs="+", choices=METHODS, help="these only")
+    parser.add_argument("--seed", nargs="+", type=int, help="these only; learning rates are tuned for any")
     parser.add_argument("--results", type=Path, default=HERE / "results" / "quality", help="folder of the rows")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="folder for checkpoints")
     parser.add_argument("--list", action="store_true", help="print what is missing, and do nothing")
     arguments = parser.parse_args(argv)
-    only = set(arguments.method) if arguments.method else None
+
+    def wanted(run: Run) -> bool:
+        seeds = arguments.seed if arguments.seed and run.phase == "final" else [run.seed]
+        return run.method in (arguments.method or METHODS) and run.seed in seeds
+
     try:
         for path in arguments.experiment:
             experiment = read_experiment(path)
             corpus = corpora.load(experiment.data, arguments.data)
-            queue = Queue(experiment, corpus, arguments.results)
-            missing = queue.missing(only)
+            queue = Queue(experiment, corpus, arguments.results, wanted)
+            missing = queue.missing()
             if arguments.list:
                 print(f"{experiment.name}: {len(queue.done())} rows, {len(missing)} runs known to be missing")
                 for run in missing:
                     print(f"- {run}")
             elif missing:
-                work_off(experiment, queue, Bench(experiment, corpus, arguments.work / experiment.name), only)
+                work_off(experiment, queue, Bench(experiment, corpus, arguments.work / experiment.name))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1

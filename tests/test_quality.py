@@ -148,6 +148,15 @@ def test_only_what_a_change_touches_is_done_again(finished, tmp_path, capsys):
     ):
         _run(tmp_path, _write(tmp_path, base=base, **changes), "--list")
         assert f" {missing} runs known to be missing" in capsys.readouterr().out, changes
+    for chosen, missing in (
+        (("--method", "LoRA r=32"), 1),
+        (("--seed", "2"), 0),
+        (("--seed", "2", "3", "--method", "T-REX 4x8"), 1),
+    ):
+        _run(tmp_path, _write(tmp_path, base=base, seeds=[1, 2, 3]), "--list", *chosen)
+        assert f" {missing} runs known to be missing" in capsys.readouterr().out, chosen
+    _run(tmp_path, _write(tmp_path, base=base, rows_per_step=8), "--list", "--seed", "2")
+    assert " 4 runs known to be missing" in capsys.readouterr().out  # learning rates are tuned for any seed
 
 
 def test_a_run_that_is_killed_goes_on_from_its_checkpoint(tmp_path, tiny_model, finished):
