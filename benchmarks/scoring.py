@@ -87,7 +87,10 @@ class Texts:
         longest = int(batch["completion_mask"].sum(1).max())
         if not self.masked:
             del inputs["completion_mask"]
-        return model(**inputs, logits_to_keep=longest + 1, use_cache=False).logits, longest
+        length = batch["input_ids"].shape[1]
+        # positions, not their number: of a slice, which is not contiguous, the head's product is slow on a CPU
+        kept = torch.arange(length - longest - 1, length, device=batch["input_ids"].device)
+        return model(**inputs, logits_to_keep=kept, use_cache=False).logits, longest
 
     def loss(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """Cross-entropy in nats, the mean over the completions' tokens."""
