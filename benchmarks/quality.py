@@ -30,7 +30,7 @@ import torch
 import yaml
 from diagnosis import diagnose
 from measure import Job, environment, peak_memory, resident_memory
-from methods import METHODS, Method, apply, constant_embeddings, fit_prior
+from methods import METHODS, Method, apply, embedding_of, fit_prior
 from reporting import read
 from scoring import Texts, score, summarise
 from torch.utils.data import DataLoader
@@ -280,8 +280,7 @@ class Bench:
 
     def texts(self, method: Method, model: Any) -> Texts:
         is_trex = getattr(getattr(model, "active_peft_config", None), "peft_type", None) == "TREX"
-        embed = {"base": None, "sentences": self._embed, "constant": constant_embeddings}[method.prior]
-        return Texts(self.tokenizer, embed, masked=is_trex)
+        return Texts(self.tokenizer, embedding_of(method, self._embed), masked=is_trex)
 
     def _embed(self, prompts: list[str]) -> torch.Tensor:
         if self._encoder is None:

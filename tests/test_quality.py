@@ -32,7 +32,7 @@ import prior  # noqa: E402
 import quality  # noqa: E402
 import scoring  # noqa: E402
 from diagnosis import diagnose  # noqa: E402
-from methods import METHODS, apply, constant_embeddings, fit_prior  # noqa: E402
+from methods import CONSTANT_WIDTH, METHODS, apply, embedding_of, fit_prior  # noqa: E402
 from reporting import read  # noqa: E402
 from scoring import Answers, Scored, Texts, score, summarise  # noqa: E402
 from variants import BASE  # noqa: E402
@@ -409,9 +409,8 @@ def test_every_method_trains(name, texts):
     if not trainable:
         return
     sentences = lambda prompts: torch.randn(len(prompts), 384)  # noqa: E731
-    embed = {"base": None, "sentences": sentences, "constant": constant_embeddings}[method.prior]
     is_trex = name.startswith("T-REX")
-    own = Texts(texts.tokenizer, embed, masked=is_trex)
+    own = Texts(texts.tokenizer, embedding_of(method, sentences), masked=is_trex)
     words = [" ".join(random.Random(number).choices("abcdefghijklmnopqrstuvwxyz", k=8)) for number in range(40)]
     examples = [own.example(_row("ab", prompt=word)) for word in words]
     if is_trex and model.active_peft_config.use_prior:
@@ -435,14 +434,31 @@ def test_every_method_trains(name, texts):
             assert ranks == pytest.approx([1] * 14, abs=1e-3)
 
 
-def test_a_constant_prior_says_the_same_of_every_prompt(texts):
-    method = METHODS["T-REX constant prior"]
+def _prior_of(name, embeddings):
+    method = METHODS[name]
     model, _ = apply(method, make_llama(num_hidden_layers=2), 1)
-    fit_prior(method, model, [], 1)
-    prior = model.base_model.trex_prior["default"]
-    scores = prior.score(constant_embeddings(["a", "b"]))
+    fit_prior(method, model, [{"semantic_embeds": embeddings}], 1)
+    return model.base_model.trex_prior["default"]
+
+
+def test_a_constant_prior_says_the_same_of_every_prompt():
+    embeddings = embedding_of(METHODS["T-REX constant prior"], None)(["a", "b"])
+    prior = _prior_of("T-REX constant prior", embeddings)
+    scores = prior.score(embeddings)
     assert torch.equal(scores[0], scores[1]) and torch.allclose(scores[0], prior.mean_scores)
     assert 0.2 < scores[0].std() < 0.5
+
+
+def test_an_offset_adds_the_constant_prior_to_that_of_the_prompts():
+    sentences = torch.nn.functional.normalize(torch.randn(80, 384) + 0.6, dim=-1)  # 0.86 long, once centred
+    embed = embedding_of(METHODS["T-REX sentence encoder, offset"], lambda prompts: sentences)
+    embeddings = embed([""] * 80)
+    scores = _prior_of("T-REX sentence encoder, offset", embeddings).score(embeddings)
+    constant = embeddings[:, -CONSTANT_WIDTH:]
+    semantic = _prior_of("T-REX sentence encoder", sentences).score(sentences)
+    offset = _prior_of("T-REX constant prior", constant).score(constant)
+    torch.testing.assert_close(scores, (semantic + offset) / 2, atol=0.05, rtol=0)
+    assert scores.mean(0).std() > 0.1 and scores.std(0).mean() > 0.01
 
 
 def test_the_same_seed_starts_the_same_adapter():
