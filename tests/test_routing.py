@@ -209,8 +209,10 @@ def test_packed_sequences_count_as_prompts_of_their_own(filling, labels_for):
     assert one.groups == several.groups and one.group_clusters == several.group_clusters
 
 
-def test_groups_clusters_and_what_they_tell():
-    model = exact_model(num_clusters=6, r_a=4)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_groups_clusters_and_what_they_tell(offset):
+    model = exact_model(num_clusters=6, r_a=4, prior_offset=offset)
+    added = model.base_model.prior_of("default").offset if offset else 0
     data = [{**batch, "task": torch.arange(8) % 3} for batch in padded_data()]
     report = _report(model, data, group_by="task")
     assert report.groups == {"0": 9, "1": 9, "2": 6}
@@ -223,13 +225,15 @@ def test_groups_clusters_and_what_they_tell():
         def hook(layer, args):
             weights, mask = layer.expert_weights(args[0]), batch["attention_mask"]
             clusters_here = layer.cluster_of(args[0])[:, 0].tolist()
+            scores_here = layer._channel.scores("default", args[0]).float() - added
+            assert clusters_here == scores_here.argmax(-1).tolist()
             for row, task in enumerate((torch.arange(8) % 3).tolist()):
                 own = weights[row][mask[row].bool()].detach()
                 means[name].append(own.mean(0))
                 joint[name][task] += (own.abs() / own.abs().sum(-1, keepdim=True)).sum(0)
             if name == next(iter(report.layers)):
                 clusters.extend(clusters_here)
-                scores.extend(layer._channel.scores("default", args[0]).float())
+                scores.extend(scores_here)
                 tasks.extend((torch.arange(8) % 3).tolist())
 
         return hook
@@ -247,6 +251,7 @@ def test_groups_clusters_and_what_they_tell():
     assert report.purity == pytest.approx(sum(best) / 24)
     of_tasks = [sum(scores[row] for row in range(24) if tasks[row] == task) for task in range(3)]
     overlaps = [float(torch.cosine_similarity(of_tasks[a], of_tasks[b], dim=0)) for a, b in ((0, 1), (0, 2), (1, 2))]
+    assert report.prior_spread == pytest.approx(float(torch.stack(scores).std(-1, correction=0).mean()), rel=1e-5)
     assert report.group_overlap == pytest.approx(sum(map(abs, overlaps)) / 3, abs=1e-5)
     assert f"Those of two groups overlap by {report.group_overlap:.2f}." in report.to_markdown()
     for name, layer in report.layers.items():
