@@ -452,6 +452,19 @@ def test_backward_within_autocast_is_the_same():
     assert_equal({n: t.grad for n, t in leaves.items()}, {n: expected[n] for n in leaves}, tolerance=0)
 
 
+@pytest.mark.parametrize("shape", [(2, 83), (2, 1)])
+def test_autocast_is_on_again_whatever_happens(shape):
+    tensors = {name: tensor.float() for name, tensor in draw(shape).items()}
+    broken = {**tensors, "A": tensors["A"][:, 1:]}
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(shape[1] > 1):
+        fused(tensors, **SCALES)
+        assert torch.is_autocast_enabled("cpu")
+        with pytest.raises(RuntimeError):
+            fused(broken, **SCALES)
+        assert torch.is_autocast_enabled("cpu")
+    assert not torch.is_autocast_enabled("cpu")
+
+
 def test_a_second_derivative_is_refused_by_name():
     output = fused(draw(), **SCALES).sum()
     with pytest.raises(

@@ -44,7 +44,7 @@ def mix(h: Tensor, r_a: int, prior: Tensor | None, scales: Scales, *, paired: bo
     """
     p = h[r_a:]
     torch.softmax(p, 0, out=p)
-    a, weights = _weights(h, r_a, prior, scales)
+    a, weights = _weights(h, p, prior, scales)
     m = a * weights
     return (m.squeeze(1) if paired else m.sum(0)).mul_(scales.larger)
 
@@ -60,10 +60,11 @@ def mix_backward(
         known: the prior's.
         d_prior: (P, E); None without a prior, or where it is not needed.
     """
-    a, weights = _weights(h, r_a, prior, scales)
+    p = h[r_a:]
+    a, weights = _weights(h, p, prior, scales)
     dm = dm * scales.larger
     each = dm.unsqueeze(1) if paired else dm
-    d_h, p = torch.empty_like(h), h[r_a:]
+    d_h = torch.empty_like(h)
     d_z = d_h[r_a:]
     torch.sum(weights * each, 1, out=d_h[:r_a])
     d_weights = (a * each).flatten(0, 1)
@@ -78,12 +79,15 @@ def mix_backward(
     return d_h, token, known, d_rows * scales.known if needs_prior else None
 
 
-def _weights(h: Tensor, r_a: int, prior: Tensor | None, scales: Scales) -> tuple[Tensor, Tensor]:
-    """a (r_a, 1, N), and what it is multiplied by but for the larger scale (r_a, E / r_a, N)."""
+def _weights(h: Tensor, p: Tensor, prior: Tensor | None, scales: Scales) -> tuple[Tensor, Tensor]:
+    """a (r_a, 1, N), and what it is multiplied by but for the larger scale (r_a, E / r_a, N); `p` is h's softmax."""
     rows, tokens = h.shape
-    a, G = h.as_strided((r_a, 1, tokens), (tokens, tokens, 1)), h[r_a:]
+    r_a, G = rows - len(p), p
+    a = h.as_strided((r_a, 1, tokens), (tokens, tokens, 1))
     if prior is not None:
-        each, known = _by_prompt(G, prior), prior.to(h.dtype).T.unsqueeze(2)
+        if prior.dtype != h.dtype:
+            prior = prior.to(h.dtype)
+        each, known = _by_prompt(p, prior), prior.T.unsqueeze(2)
         if scales.token == 1:
             G = torch.add(each, known, alpha=scales.known)
         else:  # where the result would have the axes of `known` in memory
