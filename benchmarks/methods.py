@@ -80,7 +80,6 @@ METHODS: dict[str, Method] = {
     f"{TREX}, router rate x 10": Method(_trex(), factors={"trex_router": 10.0}),
     f"{TREX}, B rate x 4": Method(_trex(), factors={"trex_B": 4.0}),
     f"{TREX}, whitened prior": Method(_trex(prior_whitening=16)),
-    f"{TREX}, offset": Method(_trex(prior_offset=0.35)),
     f"{TREX}, random router": Method(_trex(init_weights="random_router")),
     "T-REX no prior, random router": Method(_trex(use_prior=False, init_weights="random_router")),
     LORA: Method(_lora(32)),

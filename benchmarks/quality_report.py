@@ -27,7 +27,7 @@ Runs = dict[int, Row]  # of one method, by seed
 TREX, LORA, EQUAL, BASE = "T-REX 4x8", "LoRA r=32", "LoRA, equal parameters", "base model"
 NO_PRIOR, NO_ROUTER, PAIRED = "T-REX no prior", "T-REX no router", "T-REX paired"
 CONSTANT, RANDOM = "T-REX constant prior", "T-REX 4x8, random router"
-RANDOM_ALONE, OFFSET = "T-REX no prior, random router", "T-REX 4x8, offset"
+RANDOM_ALONE = "T-REX no prior, random router"
 IDENTITY = ("experiment", "tier", "phase", "method", "learning_rate", "seed", "steps", "fingerprint", "test_digest")
 SETTING = ("experiment", "tier", "base", "precision", "data", "data_settings", "rows_per_step", "train_rows")
 MEASURES = {"accuracy": ("points", 100, ".2f"), "log_likelihood": ("nats", 1, ".3f")}  # unit, units, digits
@@ -42,7 +42,6 @@ CLAIMS = (
     ("The prior helps a router that is drawn at random (one of zeros needs it, see above)", RANDOM, RANDOM_ALONE),
     ("Mixing and matching 4 and 8 vectors beats paired experts", TREX, PAIRED),
     ("The token router helps", TREX, NO_ROUTER),
-    ("An offset to the prior's scores helps (`prior_offset`, not the paper's)", OFFSET, TREX),
 )
 FASTER = "The semantic prior speeds up convergence"
 

@@ -65,7 +65,7 @@ CASES = {
     "llama": {},
     "gpt2": {"kind": "gpt2"},
     "learned map": {"num_clusters": 5},
-    "whitened prior, offset": {"prior_whitening": 5, "prior_offset": 0.35},
+    "whitened prior": {"prior_whitening": 5},
     "no prior, reduced router": {"use_prior": False, "fit": False, "router_rank": 2},
     "strongest experts": {"router_top_k": 2},
     "no router, paired": {"use_router": False, "expert_layout": "paired", "r_a": 4, "r_b": 4},

@@ -400,29 +400,6 @@ def test_whitened_prompts_are_compared_along_their_principal_directions():
     torch.testing.assert_close(pulled, factor * scores, atol=1e-3, rtol=1e-3)
 
 
-def test_an_offset_is_the_same_for_all_prompts():
-    embeddings, fits = torch.from_numpy(_tasks(400, tasks=64)[0]), {}
-    for spread, seed in ((0.0, 0), (0.5, 0), (0.5, 0), (1.0, 0), (0.5, 1)):
-        model = _external(clusters=64, prior_offset=spread)
-        initialize_trex_prior(model, embeddings=embeddings, seed=seed, progress=False)
-        prior = fits.setdefault((spread, seed), _prior(model))
-        assert _same(prior.state_dict(), _prior(model).state_dict())
-        torch.testing.assert_close(prior.mean_scores, prior.score(embeddings).mean(0), atol=1e-5, rtol=1e-4)
-    plain, found = fits[0.0, 0], fits[0.5, 0]
-    assert plain.offset is None and "offset" not in plain.state_dict()
-    assert found.offset.std() == pytest.approx(0.5, rel=0.3) and abs(found.offset.mean()) < 0.2
-    torch.testing.assert_close(fits[1.0, 0].offset, 2 * found.offset)
-    assert (fits[0.5, 1].offset - found.offset).abs().mean() > 0.2
-    scores = found.score(embeddings)
-    torch.testing.assert_close(scores, plain.score(embeddings) + found.offset)
-    torch.testing.assert_close(
-        found.score_direction(found.centroids)[3], found.centroids @ found.centroids[3] + found.offset
-    )
-    torch.testing.assert_close(found.cosines(scores), plain.score(embeddings))
-    assert not found.cosines(torch.zeros(2, 64)).any()  # no prompt
-    assert not found.cosines(found.score(found.mean[None])).any()  # a prompt that nothing tells apart
-
-
 def test_whitened_centroids_settle_in_directions_of_their_own():
     # four corners that are equally far from each other: no direction is the first, and each sample has its own
     noise = np.random.default_rng(0).standard_normal((20000, DIM))
@@ -524,7 +501,7 @@ def _fit(rank, how):
             "trained on a stream": lambda: _trained(_Rows()),
             "trained on a stream, not dispatched": lambda: _trained(_Rows(), dispatch_batches=False),
         }[how]()
-    model, options = adapted(**({"prior_whitening": 8, "prior_offset": 0.35} if how == "whitened" else {})), {}
+    model, options = adapted(prior_whitening=8 if how == "whitened" else None), {}
     data = _shared(rank)
     embeddings = [_tasks(3000)[0], _tasks(1000, seed=5)[0]][rank]
     if how == "unequal":

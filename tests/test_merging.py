@@ -39,7 +39,6 @@ VARIANTS = {
     "gpt2": {"kind": "gpt2"},
     "t5": {"kind": "t5"},
     "external": {"prior_encoder": "external", "prior_dim": 5},
-    "offset": {"prior_encoder": "external", "prior_dim": 5, "prior_offset": 1.0},
 }
 
 
@@ -111,9 +110,9 @@ def _missed(x, y, delta):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_static_weights_are_the_least_squares_and_errors_are_those_measured(variant, fit):
     model = exact_model(**VARIANTS[variant])
-    data = padded_data(VARIANTS[variant].get("kind"), "prior_dim" in VARIANTS[variant])
+    data = padded_data(VARIANTS[variant].get("kind"), variant == "external")
     per_cluster = variant != "no prior"
-    if "prior_dim" in VARIANTS[variant]:
+    if variant == "external":
         data[0]["semantic_embeds"][2] = model.base_model.prior_of("default").mean
     layers, recorded = _layers(model), _record(model, data)
     means = {name: layer.get_delta_weight("default") for name, layer in layers.items()}

@@ -31,7 +31,7 @@ VARIANTS = {
     "paired": {"expert_layout": "paired", "r_a": 3, "r_b": 3, "num_clusters": 3},
     "no router": {"use_router": False},
     "no prior": {"use_prior": False},
-    "whitened, offset": {"prior_whitening": 5, "prior_offset": 0.35},
+    "whitened": {"prior_whitening": 5},
     "head and bias": {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"], "bias": "trex_only"},
 }
 

@@ -49,7 +49,6 @@ class Fit:
     mean: Tensor  # (d,)
     mean_scores: Tensor  # (K,)
     whitening: Tensor | None  # (p, d)
-    offset: Tensor | None  # (K,), in the mean scores already
     report: TRexPriorReport
 
     def placed(self) -> Tensor:
@@ -60,19 +59,9 @@ class Fit:
 
 
 def cluster(
-    rows: np.ndarray,
-    mean: np.ndarray,
-    *,
-    clusters: int,
-    prompts: int,
-    seed: int,
-    whitened: int | None,
-    spread: float,
+    rows: np.ndarray, mean: np.ndarray, *, clusters: int, prompts: int, seed: int, whitened: int | None
 ) -> Fit:
-    """k-means on a sample (n, d), which is overwritten, of a number of prompts with this mean (d,).
-
-    `spread` is the standard deviation of the offset.
-    """
+    """k-means on a sample (n, d), which is overwritten, of a number of prompts with this mean (d,)."""
     if not len(rows):
         raise ValueError("None of the prompts has a token, or an embedding that is not zero.")
     for part in _slices(rows):
@@ -109,13 +98,11 @@ def cluster(
         sampled=len(unit),
     )
     mean_scores = torch.from_numpy(middle) @ centroids.T
-    offset = spread * torch.randn(clusters, generator=torch.Generator().manual_seed(seed)) if spread else None
     return Fit(
         centroids,
         torch.from_numpy(mean),
-        mean_scores if offset is None else mean_scores + offset,
+        mean_scores,
         None if whitening is None else torch.from_numpy(whitening),
-        offset,
         report,
     )
 

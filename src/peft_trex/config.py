@@ -76,11 +76,6 @@ class TRexConfig(PeftConfig):
             the same variance, so that the strongest (what the prompts are made of, say: words or numbers) does not
             drown those that tell tasks apart. 16 kept 8 and 16 tasks apart best (benchmarks/README.md). None compares
             the embeddings as they are, centred.
-        prior_offset (`float`):
-            Standard deviation of random numbers that are added to the cluster scores, one for each cluster, the same
-            for all prompts, drawn when the prior is fitted. Centred scores are zero on average, so that in a grid
-            what all prompts have in common starts at equal weights, of rank one; an offset gives it more. 0.35 is
-            as much as the scores of prompts differ themselves. 0, the paper's, adds none.
         mixture_implementation (`"auto"` or `"reference"`):
             How the mixture is computed. "auto" takes the fast path, with a Triton kernel on GPUs, and the readable
             formula where a compiler fuses it. "reference" always takes the formula, which has second derivatives
@@ -144,7 +139,6 @@ class TRexConfig(PeftConfig):
     prior_whitening: int | None = field(
         default=None, metadata={"help": "Principal directions that prompts are compared along; None: all, unscaled."}
     )
-    prior_offset: float = field(default=0.0, metadata={"help": "Spread of what is added to every prompt's scores."})
     mixture_implementation: Literal["auto", "reference"] = field(
         default="auto", metadata={"help": "'auto': the fast path; 'reference': the readable formula."}
     )
@@ -278,7 +272,7 @@ class TRexConfig(PeftConfig):
             _check_number(name, value)
             if value <= 0 or not math.isfinite(value):
                 raise ValueError(f"{name}={value!r} must be a positive, finite number.")
-        for name in ("balance_loss_coef", "router_z_loss_coef", "prior_offset"):
+        for name in ("balance_loss_coef", "router_z_loss_coef"):
             value = getattr(self, name)
             _check_number(name, value)
             if value < 0 or not math.isfinite(value):
@@ -319,9 +313,8 @@ class TRexConfig(PeftConfig):
             raise ValueError(f"prior_map={self.prior_map!r} maps the prior, which use_prior=False drops.")
         if not self.use_prior and self.prior_encoder != "input_embeddings":
             raise ValueError(f"prior_encoder={self.prior_encoder!r} feeds the prior, which use_prior=False drops.")
-        for name in ("prior_whitening", "prior_offset"):
-            if not self.use_prior and getattr(self, name):
-                raise ValueError(f"{name}={getattr(self, name)} is for the prior, which use_prior=False drops.")
+        if not self.use_prior and self.prior_whitening is not None:
+            raise ValueError(f"prior_whitening={self.prior_whitening} is for the prior, which use_prior=False drops.")
         if self.trainable == "router" and not (self.use_router or self.learned_map):
             raise ValueError(
                 "trainable='router' trains what chooses experts, but there is nothing that does: use_router=False, "

@@ -50,9 +50,8 @@ def initialize_trex_prior(
     A prompt's embedding is the mean of the frozen input embeddings over its tokens: those that are attended to and,
     in a causal language model that is given labels or a `completion_mask`, come before the first that is predicted.
     The embeddings are centred by their mean, whitened where the adapter has `prior_whitening`, normalised, and
-    clustered with k-means. Centroids, mean, whitening, offset (`prior_offset`, drawn here) and the mean score of each
-    cluster are stored with the adapter, which saves, loads and pushes them. The adapter is touched only when all is
-    done.
+    clustered with k-means. Centroids, mean, whitening, and the mean score of each cluster are stored with the adapter,
+    which saves, loads and pushes them. The adapter is touched only when all is done.
 
     Memory does not grow with the data: k-means gets a uniform sample of the prompts, drawn as they come, of at most
     256 MB (62,500 prompts at width 1024), or 256 prompts for each cluster where that is more. Data that come sorted by
@@ -70,7 +69,7 @@ def initialize_trex_prior(
             states of torch, NumPy and Python are left as they were.
         adapter_name: the adapter to fit.
         max_batches: stop after this many batches, in each process; None reads all.
-        seed: of the sample, the clustering and the offset.
+        seed: of the sample and the clustering.
         progress: show a progress bar.
         embeddings: (N, d) embeddings of the training prompts instead of a dataloader, for an adapter with
             `prior_encoder="external"`, d being its `prior_dim`: a tensor, an array (memory-mapped too), a data set's
@@ -123,7 +122,7 @@ def initialize_trex_prior(
         held = nullcontext() if external else tuner.prompts.scorer.whole_embedding()
         with held, source as batches:
             fit = _fit_stream(batches, embed, prior, ranks, seed, tolerance)
-        prior.set(fit.centroids, fit.mean, fit.mean_scores, fit.whitening, fit.offset)
+        prior.set(fit.centroids, fit.mean, fit.mean_scores, fit.whitening)
         tuner.forget_static(adapter_name)
     return fit.report
 
@@ -137,7 +136,7 @@ class TRexPriorCallback(TrainerCallback):
 
     Args:
         max_batches: read at most this many batches of the training data; None reads all.
-        seed: of the sample, the clustering and the offset.
+        seed: of the clustering.
         progress: show a progress bar.
         tolerance: stop when the centroids have settled, as in [`initialize_trex_prior`]; None reads all.
     """
@@ -302,9 +301,7 @@ def _fit_stream(
         gathered = ranks.gather(reservoir, seen, capacity)
         if gathered is not None and not last and ranks.size == 1:
             gathered = gathered[0].copy(), gathered[1]  # clustering overwrites it, and the reservoir is still needed
-        clustered = partial(
-            cluster, clusters=clusters, prompts=prompts, seed=seed, whitened=whitened, spread=prior.spread
-        )
+        clustered = partial(cluster, clusters=clusters, prompts=prompts, seed=seed, whitened=whitened)
         look = partial(_look, gathered, clustered, prompts, former, None if last else tolerance)
         former = ranks.from_first(look)
         if last or (former is not None and former.report.settled):

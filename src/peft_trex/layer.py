@@ -240,7 +240,7 @@ class TRexLayer(BaseTunerLayer):
 
         To be called within a forward of the model, like `expert_weights`; the adapter's prior must be fitted.
         """
-        scores = self._channel.cosines(adapter_name, x)
+        scores = self._channel.scores(adapter_name, x)
         assert scores is not None
         clusters = torch.where(scores.any(-1), scores.argmax(-1), scores.shape[-1])
         return clusters.reshape(*clusters.shape, *[1] * (x.dim() - 1 - clusters.dim())).expand(x.shape[:-1])

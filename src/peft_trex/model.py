@@ -84,7 +84,7 @@ class TRexModel(BaseTuner):
         self._forget_prior(adapter_name)
         dim = config.prior_dim if embedding is None or config.prior_dim else embedding.embedding_dim
         if config.use_prior and dim is not None:
-            prior = SemanticPrior(config.num_clusters, dim, config.prior_whitening, config.prior_offset)
+            prior = SemanticPrior(config.num_clusters, dim, config.prior_whitening)
             if embedding is not None and embedding.weight.device.type != "meta":
                 prior.to(embedding.weight.device)
             prior.look()  # now, because a compiled forward could not

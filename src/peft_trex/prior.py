@@ -24,15 +24,14 @@ class SemanticPrior(nn.Module):
     """Centroids of the training prompts' embeddings, and the score of a prompt against each of them.
 
     `s_k = cos(e - mean, c_k)` for the prompt's embedding `e` (arXiv 2404.08985, the instance-level intuition; the
-    centring is ours), or `cos(W (e - mean), c_k)` with whitening `W`; and an offset `o_k` besides, where there is one.
-    The buffers are saved and loaded with the adapter; all are zero until the prior is fitted.
+    centring is ours), or `cos(W (e - mean), c_k)` with whitening `W`. The buffers are saved and loaded with the
+    adapter; all are zero until the prior is fitted.
 
     Args:
         num_clusters: K.
         dim: d, the embedding's width.
         whitened: p, the number of principal directions that prompts are compared along; None for all of the
             embedding, as it is.
-        spread: standard deviation of the offset that a fit draws; 0 for none.
 
     Raises:
         ValueError: if p is more than d.
@@ -42,9 +41,8 @@ class SemanticPrior(nn.Module):
     whitening: Tensor | None  # (p, d): W
     mean: Tensor  # (d,), the training prompts' mean embedding
     mean_scores: Tensor  # (K,), the mean score of each cluster over the training prompts
-    offset: Tensor | None  # (K,): o, in the mean scores already
 
-    def __init__(self, num_clusters: int, dim: int, whitened: int | None = None, spread: float = 0.0) -> None:
+    def __init__(self, num_clusters: int, dim: int, whitened: int | None = None) -> None:
         super().__init__()
         if whitened is not None and whitened > dim:
             raise ValueError(f"prior_whitening={whitened} is more than {dim}, the width of the prompts' embeddings.")
@@ -52,8 +50,6 @@ class SemanticPrior(nn.Module):
         self.register_buffer("whitening", torch.zeros(whitened, dim) if whitened else None)
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("mean_scores", torch.zeros(num_clusters))
-        self.register_buffer("offset", torch.zeros(num_clusters) if spread else None)
-        self.spread = spread
         self._fitted: bool | None = None
         self.register_load_state_dict_post_hook(SemanticPrior.look)
 
@@ -74,29 +70,19 @@ class SemanticPrior(nn.Module):
         self._fitted = None if self.centroids.is_meta else bool(self.centroids.any())
 
     @torch.no_grad()
-    def set(
-        self,
-        centroids: Tensor,
-        mean: Tensor,
-        mean_scores: Tensor,
-        whitening: Tensor | None = None,
-        offset: Tensor | None = None,
-    ) -> None:
+    def set(self, centroids: Tensor, mean: Tensor, mean_scores: Tensor, whitening: Tensor | None = None) -> None:
         """Take over a finished fit, all at once."""
         self.centroids.copy_(F.normalize(centroids, dim=-1))
         if self.whitening is not None:
             assert whitening is not None
             self.whitening.copy_(whitening)
-        if self.offset is not None:
-            assert offset is not None
-            self.offset.copy_(offset)
         self.mean.copy_(mean)
         self.mean_scores.copy_(mean_scores)
         self.look()
 
     @torch.no_grad()
     def score(self, embedding: Tensor) -> Tensor:
-        """Scores (B, K), float32, of prompt embeddings (B, d): in [-1, 1] but for the offset."""
+        """Scores (B, K) in [-1, 1], float32, of prompt embeddings (B, d)."""
         return self.score_direction(self.direction(embedding))
 
     @torch.no_grad()
@@ -114,16 +100,7 @@ class SemanticPrior(nn.Module):
         """Scores (B, K) of such directions, of any length."""
         device = direction.device
         with torch.autocast(device.type, enabled=False):
-            cosines = F.normalize(direction.float(), dim=-1) @ self.centroids.to(device).float().T
-        return cosines if self.offset is None else cosines + self.offset.to(device).float()
-
-    @torch.no_grad()
-    def cosines(self, scores: Tensor) -> Tensor:
-        """Scores (..., K) without their offset: the largest tells the cluster; all are zero where nothing does."""
-        if self.offset is None:
-            return scores
-        known = scores.any(-1, keepdim=True)  # a row without a prompt has no offset either
-        return torch.where(known, scores - self.offset.to(scores.device, scores.dtype), scores)
+            return F.normalize(direction.float(), dim=-1) @ self.centroids.to(device).float().T
 
     @torch.no_grad()
     def pulled_back(self) -> Tensor:
@@ -215,11 +192,6 @@ class PriorChannel:
     def mean_scores(self, adapter_name: str) -> Tensor | None:
         """(K,), or None while the prior is not fitted."""
         return self.priors[adapter_name].mean_scores if self.fitted(adapter_name) else None  # type: ignore[return-value]
-
-    def cosines(self, adapter_name: str, x: Tensor) -> Tensor | None:
-        """The same as `scores`, without an offset."""
-        scores = self.scores(adapter_name, x)
-        return None if scores is None else self.priors[adapter_name].cosines(scores)  # type: ignore[operator]
 
     def scores(self, adapter_name: str, x: Tensor) -> Tensor | None:
         """Scores (B, K), (1, K) or (B, T, K) that go with a layer's input `x` (B, ..., D_in); None counts as zero."""

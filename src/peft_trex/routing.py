@@ -343,7 +343,7 @@ class _Clusters:
     def count(self, layer: TRexLayer, rows: Rows, x: Tensor, kept: Tensor) -> None:
         if self.seen or not layer.trex_uses_prior[self.adapter_name]:
             return
-        prompts, scores = rows.prompts_of(x), layer._channel.cosines(self.adapter_name, x)
+        prompts, scores = rows.prompts_of(x), layer._channel.scores(self.adapter_name, x)
         if scores is None or prompts is None:
             return
         self.seen = True
