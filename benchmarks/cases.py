@@ -63,6 +63,11 @@ class Setting:
     def layers(self) -> int:
         return 2 if self.slow else self.shapes.layers
 
+    @property
+    def backend(self) -> str:
+        """Of torch.compile; tests have no time for more than the tracing."""
+        return "aot_eager" if self.size == "smoke" else "inductor"
+
     def context(self) -> Any:
         return PRECISIONS[self.precision].context(self.device)
 
@@ -176,13 +181,16 @@ def _model_group(
     make: Callable[[Setting, str, Any, Any], Job],
     names: tuple[str, ...] | None = None,
     baseline: str = LORA,
+    layers: int | None = None,
+    check: Callable[[], None] | None = None,
     **shape: Any,
 ) -> Group:
     """Variants of one base model, whose weights they share; by default all, for which there is time."""
     chosen = names or (FEW if setting.slow else tuple(VARIANTS))
+    layers = layers or setting.layers
 
     def jobs() -> dict[str, Job]:
-        base = make_base(setting.shapes, setting.precision, setting.device, setting.layers)
+        base = make_base(setting.shapes, setting.precision, setting.device, layers)
         made = {}
         for name, config in variants(adapted_of(base), chosen):
             model = adapt(sharing(base), config)
@@ -191,10 +199,10 @@ def _model_group(
             made[name] = make(setting, name, model, config)
         return made
 
-    shape["layers"] = setting.layers
-    return Group(
-        shape, jobs, lambda: check_model(setting.shapes, setting.precision, setting.device), baseline=baseline
-    )
+    def check_eager() -> None:
+        check_model(setting.shapes, setting.precision, setting.device)
+
+    return Group({**shape, "layers": layers}, jobs, check or check_eager, baseline=baseline)
 
 
 def _step_job(setting: Setting, name: str, model: Any, config: Any) -> Job:
@@ -225,6 +233,30 @@ def _step_job(setting: Setting, name: str, model: Any, config: Any) -> Job:
 
 def step(setting: Setting) -> Iterator[Group]:
     yield _model_group(setting, _step_job, tokens=setting.shapes.rows * setting.shapes.tokens)
+
+
+# the same, compiled
+
+
+def _compiled_job(setting: Setting, name: str, model: Any, config: Any) -> Job:
+    return _step_job(setting, name, torch.compile(model, backend=setting.backend), config)
+
+
+def compiled(setting: Setting) -> Iterator[Group]:
+    if setting.slow:
+        return
+    torch._dynamo.reset()  # which counts how often the same code was compiled, for other models too, and gives up
+    size = setting.shapes
+    yield _model_group(
+        setting,
+        _compiled_job,
+        FEW,
+        layers=2,  # compiling takes minutes
+        check=lambda: check_one_layer(
+            size.rows, size.tokens, size.hidden, (4, 8), setting.precision, setting.device, setting.backend
+        ),
+        tokens=size.rows * size.tokens,
+    )
 
 
 # one new token
@@ -387,6 +419,7 @@ def merge(setting: Setting) -> Iterator[Group]:
 CASES = {
     "layer": Case("one linear layer: forward and backward", layer, rounds=15, at_least=0.02),
     "step": Case("a training step: forward, backward, AdamW", step, rounds=9),
+    "compiled": Case("a training step, by torch.compile", compiled, ("fp32", "autocast", "bf16")),
     "decode": Case("forward of one new token", decode, ("fp32", "bf16"), rounds=21, at_least=0.05, launches=True),
     "prior": Case("the prior's share of a training step", prior, rounds=9, memory=False),
     "fit": Case("fitting a prior", fit, ("fp32",), warm_ups=0, memory=False),

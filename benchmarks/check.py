@@ -80,7 +80,15 @@ def _gradients(output: Tensor, leaves: dict[str, Tensor], dy: Tensor) -> dict[st
     return {f"gradient of {name}": gradient for name, gradient in zip(leaves, found, strict=True)}
 
 
-def check_layer(layer: Any, channel: PriorChannel, prior: ForwardPrior, x: Tensor, precision: str, where: str) -> None:
+def check_layer(
+    layer: Any,
+    channel: PriorChannel,
+    prior: ForwardPrior,
+    x: Tensor,
+    precision: str,
+    where: str,
+    backend: str | None = None,
+) -> None:
     """Compare a layer's output and every gradient with the formula, in training, and in eval without gradients.
 
     Args:
@@ -90,6 +98,7 @@ def check_layer(layer: Any, channel: PriorChannel, prior: ForwardPrior, x: Tenso
         x: (B, T, D_in), its input.
         precision: one of [`PRECISIONS`].
         where: the layer's name, for the message.
+        backend: of torch.compile, if the layer is to be compiled.
 
     Raises:
         CheckFailed: naming the tensor that is off, and by how much.
@@ -104,16 +113,22 @@ def check_layer(layer: Any, channel: PriorChannel, prior: ForwardPrior, x: Tenso
     wanted = {"output": truth.detach(), **_gradients(truth, leaves, dy)}
     yardstick = {"output": plain.detach(), **_gradients(plain, plain_leaves, dy)}
 
+    def call(x: Tensor) -> Tensor:
+        return channel.run(prior, layer, x)
+
+    if backend is not None:
+        torch._dynamo.reset()
+        call = torch.compile(call, backend=backend)
     layer.train()
     leaves = {name: getattr(layer, f"trex_{name}")["default"] for name in NAMES}
     leaves["x"] = x.detach().requires_grad_()
     with context(x.device.type):
-        output = channel.run(prior, layer, leaves["x"])
+        output = call(leaves["x"])
     found = {"output": output.detach(), **_gradients(output, leaves, dy)}
     layer.eval()
     with torch.no_grad(), context(x.device.type):
         for name, part in (("output in eval", x), ("output of one token in eval", x[:, -1:])):
-            found[name] = channel.run(prior, layer, part)
+            found[name] = call(part)
             wanted[name] = wanted["output"][:, -part.shape[1] :]
             yardstick[name] = yardstick["output"][:, -part.shape[1] :]
     for name, value in found.items():
@@ -171,12 +186,21 @@ def make_layer(
     return model, layer, x, lambda x: channel.run(prior, layer, x)
 
 
-def check_one_layer(rows: int, tokens: int, width: int, experts: tuple[int, int], precision: str, device: str) -> None:
-    """The check of a layer by itself, for a point of a sweep."""
+def check_one_layer(
+    rows: int,
+    tokens: int,
+    width: int,
+    experts: tuple[int, int],
+    precision: str,
+    device: str,
+    backend: str | None = None,
+) -> None:
+    """The check of a layer by itself: for a point of a sweep, or compiled."""
     config = VARIANTS[TREX](adapted_layer(width, *experts))
     model, layer, x, _ = make_layer(config, rows, tokens, width, precision, device)
     randomize(model)
     scores = torch.rand(rows, config.num_clusters, device=device) * 2 - 1
     prior = ForwardPrior({"default": scores}, rows, frozenset({tokens}))
     where = f"layer of width {width}, {rows} x {tokens} tokens, {experts[0]} x {experts[1]} experts"
-    check_layer(layer, find_tuner(model).prompts.channel, prior, x, precision, where)
+    where += f", compiled by {backend}" * (backend is not None)
+    check_layer(layer, find_tuner(model).prompts.channel, prior, x, precision, where, backend)

@@ -72,7 +72,7 @@ def _time_and_memory(row: Row) -> str:
     if row["memory_ratio"] is None:
         return _ratio(row)
     memory = f"{row['memory_ratio']:.3f}"
-    if row["case"] == "step":
+    if row["case"] in ("step", "compiled"):
         memory = f"{row['memory_total_ratio']:.3f}, {memory} of what passes"
     return _ratio(row) + f"; memory {memory}" * (row["variant"] != row["baseline"])
 
@@ -124,6 +124,11 @@ def _section(machine: str, rows: list[Row]) -> str:
 def _step(size: str, rows: list[Row]) -> str:
     head = f"**Training step, {size}** ({_shape(rows[0])}): time and peak memory against {LORA}\n\n"
     return head + _by_variant(rows, _time_and_memory, {"trainable": millions})
+
+
+def _compiled(size: str, rows: list[Row]) -> str:
+    head = f"**Training step by torch.compile, {size}** ({_shape(rows[0])}): time and peak memory against {LORA}, "
+    return head + "compiled as well\n\n" + _by_variant(rows, _time_and_memory, {"trainable": millions})
 
 
 def _decode(size: str, rows: list[Row]) -> str:
@@ -185,6 +190,7 @@ def _against(title: str) -> Callable[[str, list[Row]], str]:
 
 SECTIONS: dict[str, Callable[[str, list[Row]], str]] = {
     "step": _step,
+    "compiled": _compiled,
     "decode": _decode,
     "prior": _prior,
     "layer": _layer,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import peft_trex.layer
 from peft_trex.layer import Linear
 from peft_trex.prior import PriorChannel
 
@@ -58,6 +59,7 @@ def test_every_case_gives_a_row_for_every_variant(rows):
         assert set(_of(rows, "step", precision)) == everyone
         assert set(_of(rows, "layer", precision, sweep=None)) == everyone
         assert set(_of(rows, "prior", precision)) == {TREX}
+    assert set(_of(rows, "compiled")) == everyone & {TREX, REFERENCE, LORA}
     assert set(_of(rows, "decode")) == everyone
     assert set(_of(rows, "merge", what="merge_and_unload")) == {TREX, LORA}
     assert set(_of(rows, "merge", what="merge_adapter, unmerge_adapter")) == {TREX, LORA}
@@ -75,7 +77,7 @@ def test_rows_hold_every_field(rows):
         assert row["seconds"] > 0 and 0 < row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
         assert (row["share"] is not None) == (row["case"] == "prior")
         assert (row["launches"] is not None) == (row["case"] == "decode")
-        assert (row["memory_ratio"] is not None) == (row["case"] in ("layer", "step", "decode", "merge"))
+        assert (row["memory_ratio"] is not None) == (row["case"] in ("layer", "step", "compiled", "decode", "merge"))
         if row["variant"] == row["baseline"]:
             assert row["ratio"] == 1 and row["memory_ratio"] in (1, None)
     assert all(0 < row["share"] < 1 for row in _of(rows, "prior").values())
@@ -139,6 +141,14 @@ def test_a_wrong_adapter_gets_no_row(monkeypatch, tmp_path, capsys, case, damage
     assert not out.exists()
     assert "does not equal the formula" in said.err and "is off by" in said.err
     assert " x " not in said.out  # no speed
+
+
+def test_a_wrong_compiled_adapter_gets_no_row(monkeypatch, tmp_path, capsys):
+    add = peft_trex.layer.add_stacked
+    monkeypatch.setattr(peft_trex.layer, "add_stacked", lambda *arguments: add(*arguments) * 1.001)
+    assert _run(tmp_path / "cpu.jsonl", "--case", "compiled", "--precision", "fp32") == 1
+    assert not (tmp_path / "cpu.jsonl").exists()
+    assert "compiled by aot_eager" in capsys.readouterr().err
 
 
 def test_a_lost_prior_gets_no_row(monkeypatch, tmp_path, capsys):

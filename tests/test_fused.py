@@ -13,7 +13,7 @@ from peft import get_peft_model
 import peft_trex.fused
 import peft_trex.layer
 from peft_trex import TRexConfig, TRexLayer, initialize_trex_prior
-from peft_trex.fused import MixSettings, add_mixture, separable
+from peft_trex.fused import MixSettings, add_mixture, add_stacked, separable
 from peft_trex.mixture import num_experts, rank_one_mixture
 
 SCALES = {"token_scale": 6.0, "prior_scale": 4.0, "temperature": 100.0}
@@ -66,8 +66,8 @@ def reference(tensors, **kwargs):
     return tensors["result"] + rank_one_mixture(**rest, **kwargs).to(tensors["result"].dtype)
 
 
-def fused(tensors, **kwargs):
-    return add_mixture(
+def fused(tensors, add=add_mixture, **kwargs):
+    return add(
         tensors["result"],
         **{"prior": None, "router_down": None, **without("result", tensors)},
         settings=MixSettings(tensors["A"].shape[0], **kwargs),
@@ -130,6 +130,19 @@ def test_equals_the_formula(shape, layout, prior):
     assert_equal(run(fused, tensors, layout=layout, **SCALES), expected)
     with torch.no_grad():  # without gradients, few tokens go another way
         assert_equal({"output": fused(tensors, layout=layout, **SCALES)}, {"output": expected["output"]})
+
+
+@pytest.mark.parametrize("prior", ["none", "one", "row", "token", "one for each place"])
+@pytest.mark.parametrize("shape", [(3, 5), (1, 1), (7,), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "rank", "top_k"), [("grid", None, None), ("paired", None, None), ("grid", 4, None), ("grid", None, 2)]
+)
+def test_one_product_with_a_and_the_router_equals_the_formula(shape, layout, prior, rank, top_k):
+    if prior in ("token", "one for each place") and len(shape) != 2:
+        pytest.skip("the formula takes such a prior for x (B, T, D_in) only")
+    tensors = draw(shape, layout=layout, r_a=3, prior=prior, router_rank=rank)
+    settings = {"layout": layout, "top_k": top_k, **SCALES}
+    assert_equal(run(fused, tensors, add=add_stacked, **settings), run(reference, tensors, **settings))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -479,9 +492,9 @@ def first_layer(model):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Which of the two ways layers went."""
+    """Which of the three ways layers went."""
     went = []
-    for name in ("add_mixture", "rank_one_mixture"):
+    for name in ("add_mixture", "add_stacked", "rank_one_mixture"):
         original = getattr(peft_trex.layer, name)
 
         def call(*args, original=original, name=name, **kwargs):
@@ -567,22 +580,22 @@ def test_the_formula_has_second_derivatives():
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-def test_what_is_traced_is_the_formula(calls):
+def test_what_is_traced_is_the_formula_with_one_product(calls):
     model, x = small(), torch.randn(3, 64)
     expected = model(x)
     assert calls == ["add_mixture"]
     traced = torch.jit.trace(model, (x,), check_trace=False)
-    assert calls[-1] == "rank_one_mixture"
+    assert calls[-1] == "add_stacked"
     torch.testing.assert_close(traced(2 * x), model(2 * x))
     calls.clear()
     graph = torch.export.export(model, (x,)).module()
-    assert set(calls) == {"rank_one_mixture"}
+    assert set(calls) == {"add_stacked"}
     torch.testing.assert_close(graph(x), expected)
 
 
 def test_a_device_that_it_was_never_run_on_takes_the_formula(calls):
     assert small().to("meta")(torch.empty(3, 64, device="meta")).shape == (3, 4)
-    assert calls == ["rank_one_mixture"]
+    assert calls == ["add_stacked"]
 
 
 def test_bfloat16_is_not_copied_to_float32():

@@ -77,9 +77,10 @@ class TRexConfig(PeftConfig):
             drown those that tell tasks apart. 16 kept 8 and 16 tasks apart best (benchmarks/README.md). None compares
             the embeddings as they are, centred.
         mixture_implementation (`"auto"` or `"reference"`):
-            How the mixture is computed. "auto" takes the fast path, with a Triton kernel on GPUs, and the readable
-            formula where a compiler fuses it. "reference" always takes the formula, which has second derivatives
-            and works with `torch.func` and batched gradients. The results are equal up to rounding.
+            How the mixture is computed. "auto" takes the fast path, with a Triton kernel on GPUs, and the formula with
+            a single product for A and the router where a compiler fuses it. "reference" always takes the readable
+            formula, which has second derivatives and works with `torch.func` and batched gradients. The results are
+            equal up to rounding.
         init_weights (`bool` or `"random_router"`):
             True starts as in the paper: A and the learned map Kaiming-uniform, B and the router zero, so that the
             adapter changes nothing at first. "random_router" draws the router too, and changes nothing at first

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import kernels
-from .mixture import Layout, keep_strongest
+from .mixture import Layout, keep_strongest, mixture_of
 from .vectorised import Scales, mix, mix_backward
 
 SHORT = {torch.bfloat16, torch.float16}
@@ -122,6 +122,28 @@ def add_mixture(
     x = x if dtype == torch.float32 else x.to(dtype)
     weight, bias = (each if each is None else each.to(dtype) for each in (weight, bias))
     return _without_autocast(device, _run, rows, weight, bias, x, *arguments).view(shape)
+
+
+def add_stacked(
+    base: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    router: Tensor,
+    router_down: Tensor | None,
+    prior: Tensor | None,
+    omega_logit: Tensor,
+    gate_logit: Tensor,
+    settings: MixSettings,
+) -> Tensor:
+    """What [`add_mixture`] returns, by the formula and autograd: for compilers, and where there is no fast path.
+
+    The input is read once, by one product with [A; R], which a compiler does not see in two. `x` has A's dtype.
+    """
+    a, z = F.linear(x, _stack(A, router, router_down)).tensor_split((settings.r_a,), -1)
+    logits = z if router_down is None else F.linear(z, router)
+    constants = {name: value for name, value in settings._asdict().items() if name != "r_a"}
+    return base + mixture_of(a, logits, B, prior, omega_logit, gate_logit, **constants).to(base.dtype)
 
 
 def _without_autocast(device: str, function: Callable[..., Any], *arguments: Any) -> Any:

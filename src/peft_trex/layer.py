@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from .config import TRexConfig
-from .fused import MixSettings, add_mixture, fusible, separable
-from .mixture import expert_weights, mean_core, num_experts, rank_one_mixture
+from .fused import MixSettings, add_mixture, add_stacked, fusible, separable
+from .mixture import expert_weights, mean_core, num_experts, rank_one_mixture, router_logits
 from .prior import PriorChannel
 from .quantized import read_weight, restore_weight, write_weight
 
@@ -232,7 +232,8 @@ class TRexLayer(BaseTunerLayer):
         settings = {key: value for key, value in self.trex_settings[adapter_name].items() if key != "layout"}
         x = self._cast_input_dtype(x, self.trex_A[adapter_name].dtype)
         router, down, prior = self._routing(adapter_name, x)
-        weights = expert_weights(x, router, prior, self.trex_omega[adapter_name], router_down=down, **settings)
+        logits = None if router is None else router_logits(x, router, down)
+        weights = expert_weights(x, logits, prior, self.trex_omega[adapter_name], **settings)
         return weights.expand(*x.shape[:-1], weights.shape[-1])
 
     def cluster_of(self, x: Tensor, adapter_name: str = "default") -> Tensor:
@@ -267,10 +268,11 @@ class TRexLayer(BaseTunerLayer):
         if A.is_meta and hasattr(self.trex_A, "_hf_hook"):
             with self._onloaded():
                 return self._add_adapter(adapter_name, base, x)
-        fused = self.trex_fused[adapter_name]
+        settings = self.trex_fused[adapter_name]
         # what is traced is fused by its compiler, which does better with the formula; other devices, and tensors that
         # stand for others, have nothing else
-        if fused is not None and (not fusible(x, A) or torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        fused = settings
+        if not fusible(x, A) or torch.compiler.is_compiling() or torch.jit.is_tracing():
             fused = None
         own = x
         # bfloat16 needs no copy in float32 there
@@ -290,9 +292,11 @@ class TRexLayer(BaseTunerLayer):
             running.losses.add(adapter_name, x, router, down, self.trex_settings[adapter_name]["top_k"])
         if fused is not None and router is not None:
             return add_mixture(base, x, A, B, router, down, prior, omega, gate, fused)
-        settings = self.trex_settings[adapter_name]
-        output = rank_one_mixture(x, A, B, router, prior, omega, gate, router_down=down, **settings)
         assert isinstance(base, Tensor)
+        if settings is not None and router is not None:
+            return add_stacked(base, x, A, B, router, down, prior, omega, gate, settings)
+        constants = self.trex_settings[adapter_name]
+        output = rank_one_mixture(x, A, B, router, prior, omega, gate, router_down=down, **constants)
         return base + output.to(base.dtype)
 
 

@@ -23,29 +23,33 @@ def num_experts(r_a: int, r_b: int, layout: Layout = "grid") -> int:
     return r_a * r_b if layout == "grid" else r_a
 
 
+def router_logits(x: Tensor, router: Tensor, router_down: Tensor | None = None) -> Tensor:
+    """What the token router says of every expert, `z = R x` (..., E); arguments as in [`rank_one_mixture`]."""
+    return F.linear(x if router_down is None else F.linear(x, router_down), router)
+
+
 def expert_weights(
     x: Tensor,
-    router: Tensor | None = None,
+    logits: Tensor | None = None,
     prior: Tensor | None = None,
     omega_logit: Tensor | None = None,
     *,
-    router_down: Tensor | None = None,
     token_scale: float,
     prior_scale: float = 4.0,
     temperature: float = 100.0,
     top_k: int | None = None,
 ) -> Tensor:
-    """Weight of every expert for every token: `G = omega c_token softmax(R x) + (1 - omega) c_prior prior`.
+    """Weight of every expert for every token: `G = omega c_token softmax(z) + (1 - omega) c_prior prior`.
 
-    Arguments as in [`rank_one_mixture`]. Returns (..., E), in float32 or wider (x's dtype if that is float64). The
-    leading axes are those of `x` with a router; without one they are the prior's, ready to broadcast against `x`.
+    `logits` (..., E) are [`router_logits`], None without a router; of `x` only dtype and number of axes matter. The
+    other arguments are as in [`rank_one_mixture`]. Returns (..., E), in float32 or wider (x's dtype if that is
+    float64). The leading axes are those of `x` with a router; without one they are the prior's, ready to broadcast
+    against `x`.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     omega = None if omega_logit is None else torch.sigmoid(temperature * omega_logit.to(dtype))  # (1,)
     G: Tensor | None = None
-    if router is not None:
-        routed = x if router_down is None else F.linear(x, router_down)  # (..., D_in or Q)
-        logits = F.linear(routed, router)  # (..., E)
+    if logits is not None:
         if top_k is not None:
             logits = keep_strongest(logits, top_k)
         token = torch.softmax(logits, dim=-1, dtype=dtype)
@@ -106,18 +110,48 @@ def rank_one_mixture(
         ValueError: for shapes that do not fit each other, an unknown layout, or neither router nor prior.
     """
     _check_shapes(x, A, B, router, router_down, prior, layout)
-    G = expert_weights(
-        x,
-        router,
+    a = F.linear(x, A)  # (..., r_a)
+    logits = None if router is None else router_logits(x, router, router_down)  # (..., E)
+    return mixture_of(
+        a,
+        logits,
+        B,
         prior,
         omega_logit,
-        router_down=router_down,
+        gate_logit,
+        token_scale=token_scale,
+        prior_scale=prior_scale,
+        temperature=temperature,
+        layout=layout,
+        top_k=top_k,
+    )
+
+
+def mixture_of(
+    a: Tensor,
+    logits: Tensor | None,
+    B: Tensor,
+    prior: Tensor | None,
+    omega_logit: Tensor | None,
+    gate_logit: Tensor | None,
+    *,
+    token_scale: float,
+    prior_scale: float = 4.0,
+    temperature: float = 100.0,
+    layout: Layout = "grid",
+    top_k: int | None = None,
+) -> Tensor:
+    """What [`rank_one_mixture`] makes of its products with x, the features a (..., r_a) and the logits (..., E)."""
+    G = expert_weights(
+        a,
+        logits,
+        prior,
+        omega_logit,
         token_scale=token_scale,
         prior_scale=prior_scale,
         temperature=temperature,
         top_k=top_k,
     )  # (..., E)
-    a = F.linear(x, A)  # (..., r_a)
     mixed = mix_features(a, G, layout)  # (..., r_b)
     if gate_logit is not None:  # a scalar: on r_b features it costs less than on D_out
         mixed = torch.sigmoid(temperature * gate_logit.to(mixed.dtype)) * mixed
@@ -160,10 +194,9 @@ def mean_core(
     """
     experts = num_experts(r_a, r_b, layout)
     like = next((tensor for tensor in (omega_logit, mean_prior) if tensor is not None), torch.empty(0))
-    uniform = like.new_zeros(experts, 1) if use_router else None  # softmax of equal logits, whatever the input
     G = expert_weights(
         like.new_zeros(1, 1),
-        uniform,
+        like.new_zeros(1, experts) if use_router else None,  # equal logits, whatever the input
         like.new_zeros(1, experts) if mean_prior is None else mean_prior.reshape(1, experts),
         omega_logit,
         token_scale=token_scale,

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from .batches import check_count, reading
 from .layer import TRexLayer
 from .merging import Attended, only_adapter, uncompiled
-from .mixture import expert_weights
+from .mixture import expert_weights, router_logits
 from .model import TRexModel, find_peft_model, find_tuner
 from .prompts import batch_shape
 from .spans import find_prompts
@@ -263,7 +263,7 @@ def look(layer: TRexLayer, adapter_name: str, x: Tensor) -> tuple[Tensor | None,
     omega = torch.sigmoid(settings["temperature"] * layer.trex_omega[adapter_name].float())
     p, by_token, by_prior = None, x.new_zeros(1, dtype=torch.float32), x.new_zeros(1, dtype=torch.float32)
     if router is not None:
-        p = expert_weights(x, router, router_down=down, **{**settings, "token_scale": 1.0})
+        p = expert_weights(x, router_logits(x, router, down), **{**settings, "token_scale": 1.0})
         by_token = omega * settings["token_scale"] * p
     if prior is not None:
         by_prior = (1 - omega) * expert_weights(x, prior=prior, **settings)
