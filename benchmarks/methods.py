@@ -61,6 +61,8 @@ METHODS: dict[str, Method] = {
     TREX: Method(_trex()),
     # as many experts as fit the parameters of 4 x 8
     "T-REX paired": Method(_trex(expert_layout="paired", r_a=15, r_b=15, num_clusters=15)),
+    # a LoRA of rank 15 whose vectors a router weighs: no prior, and no columns of B that stay equal without one
+    "T-REX paired, no prior": Method(_trex(expert_layout="paired", r_a=15, r_b=15, use_prior=False)),
     "T-REX no prior": Method(_trex(use_prior=False)),
     "T-REX no router": Method(_trex(use_router=False)),
     "T-REX learned map": Method(_trex(prior_map="learned")),
