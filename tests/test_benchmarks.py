@@ -388,7 +388,7 @@ def test_report_keeps_cpus_apart_by_what_they_are_capable_of(written):
 
     text, _ = written(on_another)
     first, second = text.split(" with none, ")[-2:]
-    assert text.count("**Training step") == 2 and "987.50 (" in second and "987.50 (" not in first
+    assert text.count("**Training step, ") == 2 and "987.50 (" in second and "987.50 (" not in first
 
 
 def test_report_leaves_smoke_runs_out(rows, tmp_path, capsys):
