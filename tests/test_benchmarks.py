@@ -337,7 +337,15 @@ def test_report_has_tables_and_a_plot(written, tmp_path):
     assert code == 0
     assert text.startswith("before\n" + report.BEGIN) and text.endswith(report.END + "\nafter\n")
     assert "old tables" not in text and "every goal that was measured is met" in text
-    for title in ("Training step", "One new token", "The prior's share", "One layer", "Merging", "Fitting a prior"):
+    for title in (
+        "Training step, ",
+        "Training step by torch.compile, ",
+        "One new token",
+        "The prior's share",
+        "One layer",
+        "Merging",
+        "Fitting a prior",
+    ):
         assert f"**{title}" in text
     for sweep in ("tokens", "experts", "width"):
         assert f"by {sweep}**" in text
@@ -353,6 +361,10 @@ def test_report_has_tables_and_a_plot(written, tmp_path):
     [
         (_set("step", ratio=1.004), "time of a training step, cpu, fp32: 1.004 x LoRA r=32; the goal is 1.00"),
         (_set("step", memory_total_ratio=1.2), "peak memory of a training step, cpu, fp32: 1.200 x LoRA r=32"),
+        (
+            _set("compiled", ratio=1.004),
+            "time of a compiled training step, cpu, fp32: 1.004 x LoRA r=32; the goal is 1.00",
+        ),
         (_set("decode", ratio=1.06), "time of one new token, cpu, fp32: 1.060 x LoRA r=32; the goal is 1.05"),
         (_set("prior", share=0.02), "the prior's share of a training step, cpu, fp32: 2.00%; the goal is 1%"),
     ],
