@@ -1,8 +1,10 @@
 # `make demo` and `make test` do everything on a fresh machine; they need Python with venv, and make.
+# The library runs on Python 3.10 too (`make test-lowest`), but the releases in constraints.txt do not.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
+WHEEL := .venv-wheel
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 SOURCES := src tests examples benchmarks
 
@@ -12,7 +14,10 @@ GPTQ := gptqmodel optimum device-smi tokenicer logbar defuser pypcre protobuf
 # transformers and accelerate behave differently wherever it can be imported; tests/distributed_worker.py imports it
 DEEPSPEED := deepspeed hjson msgpack py-cpuinfo
 
-.PHONY: demo serve test lint bench quality clean
+# Those of the source distribution that read data, benchmarks, examples and documents beside them; all are collected.
+SDIST_TESTS := $(addprefix tests/test_,mixture.py packaging.py benchmarks.py operations.py quickstart.py scaling.py)
+
+.PHONY: demo serve test test-fast test-lowest test-newest lint package bench quality clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -23,10 +28,35 @@ serve: $(VENV)/demo $(VLLM)/serve
 test: $(VENV)/test lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
+# What takes no more than some ten seconds each. CI runs it with ATEN_CPU_CAPABILITY=default, as on an older processor.
+test-fast: $(VENV)/test
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+
+# The fast tests with the lowest and with the newest releases that pyproject.toml allows, in environments of their own
+# (several GB each where only torch's CUDA builds can be had). Exit status 75: the environment could not be made.
+test-lowest test-newest:
+	$(PYTHON) tests/environments.py $(@:test-%=%) $(ARGS)
+
 lint: $(VENV)/test
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+
+# What would be published: the wheel works in an environment that has nothing else, its types are seen from outside, and
+# the tests in the source distribution run there.
+package: $(VENV)/test
+	rm -rf dist $(WHEEL)
+	$(BIN)/python -m build --quiet
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv $(WHEEL)
+	$(call install_torch,$(WHEEL))
+	$(WHEEL)/bin/python -m pip install --quiet -c constraints.txt "$$(ls dist/*.whl)"
+	$(WHEEL)/bin/python tests/wheel_smoke.py
+	$(BIN)/mypy --strict --python-executable $(WHEEL)/bin/python tests/wheel_smoke.py
+	$(WHEEL)/bin/python -m pip install --quiet -c constraints.txt "$$(ls dist/*.whl)[test]"
+	tar -xzf dist/*.tar.gz -C dist
+	cd dist/*/ && $(CURDIR)/$(WHEEL)/bin/python -m pytest --collect-only -q | tail -1
+	cd dist/*/ && $(CURDIR)/$(WHEEL)/bin/python -m pytest -n 2 -q -m "not slow" $(SDIST_TESTS)
 
 # On two quiet cores some 20 minutes; the GPU's sizes where there is one.
 bench: $(VENV)/test
@@ -40,14 +70,22 @@ quality: $(VENV)/test $(VENV)/demo
 	$(BIN)/python benchmarks/quality_report.py
 
 # The CPU build of torch is under 200 MB where the default one on Linux brings several GB of CUDA libraries. pip takes it
-# where it has one at hand; uv knows where to find one.
-$(VENV)/torch: constraints.txt
-	$(PYTHON) -m venv $(VENV)
+# where it has one at hand; uv knows where to find one. $(1) is the virtual environment.
+define install_torch
 	if [ "$$(uname -sm)" = "Linux x86_64" ] && ! command -v nvidia-smi >/dev/null 2>&1; then \
-		$(INSTALL) "torch==$$(sed -n 's/^torch==//p' constraints.txt)+cpu" 2>/dev/null \
-		|| { $(INSTALL) uv && $(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend cpu -c constraints.txt torch; } \
-		|| $(INSTALL) torch; \
-	else $(INSTALL) torch; fi
+		$(1)/bin/python -m pip install --quiet -c constraints.txt \
+			"torch==$$(sed -n 's/^torch==//p' constraints.txt)+cpu" 2>/dev/null \
+		|| { $(1)/bin/python -m pip install --quiet -c constraints.txt uv && $(1)/bin/uv pip install --quiet \
+			--python $(1)/bin/python --torch-backend cpu -c constraints.txt torch; } \
+		|| $(1)/bin/python -m pip install --quiet -c constraints.txt torch; \
+	else $(1)/bin/python -m pip install --quiet -c constraints.txt torch; fi
+endef
+
+$(VENV)/torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "This needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) -V 2>&1): make ... PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(call install_torch,$(VENV))
 	touch $@
 
 $(VENV)/demo: $(VENV)/torch pyproject.toml
@@ -56,7 +94,7 @@ $(VENV)/demo: $(VENV)/torch pyproject.toml
 	touch $@
 
 $(VENV)/test: $(VENV)/torch pyproject.toml
-	$(INSTALL) -e ".[test]"
+	$(INSTALL) -e ".[dev]"
 	$(INSTALL) --no-deps --upgrade --target $(VENV)/gptq $(GPTQ)
 	$(INSTALL) --no-deps --upgrade --target $(VENV)/deepspeed $(DEEPSPEED)
 	touch $@
@@ -72,4 +110,4 @@ $(VLLM)/serve: constraints-vllm.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM) .cache build dist src/*.egg-info
+	rm -rf $(VENV) $(VLLM) $(WHEEL) .venv-lowest .venv-newest .cache build dist src/*.egg-info

@@ -10,9 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
-from sklearn.cluster import MiniBatchKMeans
-from sklearn.decomposition import PCA
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -84,6 +81,9 @@ def cluster(
         )
     if not unit.any():
         raise ValueError(f"All {len(unit)} prompts have the same embedding, so there is nothing to cluster.")
+    # scikit-learn and SciPy take seconds to import, so they are imported where a fit uses them
+    from sklearn.cluster import MiniBatchKMeans
+
     kmeans = MiniBatchKMeans(clusters, init="k-means++", n_init=3, batch_size=4096, random_state=seed).fit(unit)
     sizes = np.bincount(kmeans.labels_, minlength=clusters)
     middle, within, around = unit.mean(0), 0.0, 0.0
@@ -109,6 +109,8 @@ def cluster(
 
 def _whitening(rows: np.ndarray, whitened: int, seed: int) -> np.ndarray:
     """(p, d): the leading principal directions of rows (n, d), each over its standard deviation."""
+    from sklearn.decomposition import PCA
+
     found = PCA(min(whitened, *rows.shape), random_state=seed).fit(rows)
     deviations = np.sqrt(found.explained_variance_)
     varied = int((deviations > FLAT * deviations[0]).sum())
@@ -126,5 +128,7 @@ def _slices(array: np.ndarray, size: int = PART) -> Iterator[np.ndarray]:
 
 def distance(former: Tensor, new: Tensor) -> float:
     """Mean of 1 - cos between centroids (K, d) and the former ones, matched one to one so that it is smallest."""
+    from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+
     apart = (1 - new.double() @ former.double().T).numpy()
     return float(apart[linear_sum_assignment(apart)].mean())

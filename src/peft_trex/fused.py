@@ -16,11 +16,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.module import _has_any_global_hook
 
 from . import kernels
 from .mixture import Layout, keep_strongest, mixture_of
 from .vectorised import Scales, mix, mix_backward
+
+try:
+    from torch.nn.modules.module import _has_any_global_hook
+except ImportError:  # pragma: no cover
+
+    def _has_any_global_hook() -> Any:
+        # Without this private name of torch, hooks for all modules cannot be seen. They are taken to be there, so each
+        # base layer is called as a module, which costs some time and changes nothing else.
+        return True
+
 
 SHORT = {torch.bfloat16, torch.float16}
 # CPUs without AVX-512 have no products in half precision; PyTorch's substitutes take up to ten times as long

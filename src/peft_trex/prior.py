@@ -202,7 +202,8 @@ class PriorChannel:
             raise RuntimeError(
                 "A T-REX layer ran outside of a forward of its model, so the prompt's prior is not known. Call the "
                 "model itself; if an activation checkpointing other than transformers' calls the layers again, use "
-                "model.gradient_checkpointing_enable() instead."
+                "model.activation_checkpointing_enable() instead (gradient_checkpointing_enable() before "
+                "transformers 5.24)."
             )
         scores = running.scores.get(adapter_name)
         if scores is None:
@@ -227,7 +228,7 @@ class PriorChannel:
 
 
 class CheckpointWithPrior:
-    """A checkpoint function (transformers' `_gradient_checkpointing_func`) whose second run sees the first's prior."""
+    """A checkpoint function, of transformers' activation checkpointing, whose second run sees the first's prior."""
 
     def __init__(self, checkpoint: Callable[..., Any], channel: PriorChannel) -> None:
         self.checkpoint = checkpoint

@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 
 # A key-value cache, or an encoder's output, carries the prior of the prompt it was computed from under this name.
 KEPT_PRIOR = "_trex_prior"
-CACHES = ("past_key_values", "cache_params")
+# What transformers calls the cache, in a forward's arguments and in its output: the first from 5.24 on, where the
+# others are deprecated.
+CACHES = ("cache", "past_key_values", "cache_params")
 COMPLETION = "completion_mask"
+# transformers 5.24 renamed the methods to `activation_checkpointing_enable` and so on, and kept this attribute
 CHECKPOINT = "_gradient_checkpointing_func"
 
 
@@ -210,7 +213,7 @@ class PromptWatch:
             return None
         prior, running.prior, running.owner = running.prior, None, None
         encoded = output if hasattr(output, "last_hidden_state") else None
-        for carrier in (*(getattr(output, name, None) for name in CACHES), encoded):
+        for carrier in (*caches_in(output), encoded):
             if prior is not None and hasattr(carrier, "__dict__"):  # which a tuple has not
                 setattr(carrier, KEPT_PRIOR, prior.kept())
         if prior is None or prior.losses is None or output is None:
@@ -237,8 +240,7 @@ class PromptWatch:
 
     def _kept(self, inputs: Mapping[str, Any], adapters: list[str], steering: Steering | None) -> ForwardPrior | None:
         """The prior of the prompt that a cache, or an encoder's output, among the inputs was computed from."""
-        caches = [inputs[name] for name in CACHES if inputs.get(name) is not None]
-        caches = [cache for cache in caches if _cached_tokens(cache) != 0]
+        caches = [cache for cache in caches_in(inputs) if _cached_tokens(cache) != 0]
         for source in (*caches, inputs.get("encoder_outputs")):
             prior = getattr(source, KEPT_PRIOR, None)
             if prior is not None and set(adapters) <= set(prior.scores):
@@ -290,7 +292,7 @@ class PromptWatch:
             inputs["input_ids"] = args[0] if args else kwargs.get("inputs")
         tokens = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
         mask, encoded = inputs["attention_mask"], kwargs.get("encoder_outputs")
-        cached = _cached_tokens(kwargs.get("past_key_values"))
+        cached = next((_cached_tokens(cache) for cache in caches_in(kwargs)), None)
         # tokens that only go on from a cache: the prompt is what the cache was computed from
         goes_on = False
         if cached and tokens is not None:
@@ -314,6 +316,13 @@ class PromptWatch:
         end = kwargs.get("eos_token_id", config.eos_token_id)
         ends = end if isinstance(end, (list, tuple)) else [end]
         return None if pad is None or pad in ends else prompt != pad
+
+
+def caches_in(values: Any) -> list[Any]:
+    """The caches among a forward's arguments or in its output; a tuple does not say where they are."""
+    # an output's attributes of the old names would warn, and its own names have only those that are there
+    named = values if isinstance(values, Mapping) else getattr(values, "__dict__", {})
+    return [value for name, value in named.items() if name in CACHES and value is not None]
 
 
 def _cached_tokens(cache: Any) -> int | None:

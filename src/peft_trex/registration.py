@@ -1,5 +1,7 @@
 """The one place that touches PEFT's tables: a new member in its enum of methods, and the method's registration.
 
+What is replaced in PEFT's classes stands in `peft_patches.py`.
+
 `peft.utils.register_peft_method` takes only names that its enum already holds, and PEFT has no entry point for
 plug-ins, so the member is added here. This file imports nothing heavy at load, and can be tested without torch.
 """
@@ -53,7 +55,7 @@ def register(config_class: type, model_class: type) -> None:
     from peft.peft_model import PeftModel
     from peft.utils import PeftType, register_peft_method
 
-    from .hub import mend_peft_model
+    from .peft_patches import patch_peft_model
 
     member: Any = extend_str_enum(PeftType, METHOD.upper(), METHOD.upper())
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
@@ -68,4 +70,4 @@ def register(config_class: type, model_class: type) -> None:
         for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
             mapping.pop(member, None)
     register_peft_method(name=METHOD, config_cls=config_class, model_cls=model_class)
-    mend_peft_model(PeftModel)
+    patch_peft_model(PeftModel)
