@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from check import check_model, check_one_layer, make_layer
 from measure import Job, wait
 from sklearn.cluster import MiniBatchKMeans
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaForCausalLM
 from variants import (
     FEW,
     LORA,
@@ -262,6 +263,10 @@ def compiled(setting: Setting) -> Iterator[Group]:
 # one new token
 
 
+# the name of a forward's cache: another one since transformers 5.24
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+
+
 def _decode_job(setting: Setting, name: str, model: Any, config: Any) -> Job:
     size = setting.shapes
     model.eval()
@@ -269,13 +274,13 @@ def _decode_job(setting: Setting, name: str, model: Any, config: Any) -> Job:
     ids = torch.randint(size.vocabulary, (1, size.cached + 1), device=setting.device)
     cache = DynamicCache(config=model.config)
     with torch.no_grad(), setting.context():
-        model(input_ids=ids[:, : size.cached], past_key_values=cache, use_cache=True)
+        model(input_ids=ids[:, : size.cached], **{CACHE: cache}, use_cache=True)
     new = ids[:, size.cached :]
 
     @torch.no_grad()
     def decode() -> None:
         with setting.context():
-            model(input_ids=new, past_key_values=cache, use_cache=True)
+            model(input_ids=new, **{CACHE: cache}, use_cache=True)
 
     def crop() -> None:
         if extra := cache.get_seq_length() - size.cached:

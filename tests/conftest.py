@@ -1,5 +1,6 @@
 """Tiny models made in memory, and prompts to fit a prior on. Tests never reach for a hub."""
 
+import inspect
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -7,6 +8,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes that tests start, two
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import get_peft_model
 from transformers import (
     GPT2Config,
@@ -20,8 +23,19 @@ from transformers import (
 from peft_trex import TRexConfig, initialize_trex_prior
 
 torch.set_num_threads(1)
+
+TRANSFORMERS = Version(transformers.__version__)
+BEFORE_5 = TRANSFORMERS < Version("5")
+# the name of a forward's cache, among its arguments and in its output: another one since transformers 5.24
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 VOCAB = 64
 PAD = 0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """What a test draws without a generator is the same whichever tests ran before it."""
+    torch.manual_seed(0)
 
 
 def make_llama(seed=0, **kwargs):

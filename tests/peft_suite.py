@@ -1,7 +1,6 @@
 """PEFT's own tests with TREX in them: fetch PEFT's tests, add rows to a copy of them, run it, read the outcomes.
 
-PEFT's tests come with its source distribution only, so that of a release is downloaded once, into .cache; so is the
-release itself where it is not the one installed.
+PEFT's tests come with its source distribution only, so that of a release is downloaded once, into .cache.
 """
 
 from __future__ import annotations
@@ -109,14 +108,6 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-def oldest_release() -> str:
-    """The oldest release of PEFT that the package declares to work with."""
-    declared = re.search(r'^ *"peft>=([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
-    assert declared is not None
-    parts = declared[1].split(".")
-    return ".".join(parts + ["0"] * (3 - len(parts)))
-
-
 def fetch_peft_tests(release: str) -> Path:
     """Folder with the tests of a PEFT release, downloaded on first use.
 
@@ -137,26 +128,6 @@ def fetch_peft_tests(release: str) -> Path:
             tar.extractall(unpacked, members, filter="data")
         _move(next(unpacked.iterdir()), target)
     return tests
-
-
-def fetch_peft(release: str) -> Path | None:
-    """Folder to import a PEFT release from, downloaded on first use; None for the one that is installed.
-
-    Raises:
-        RuntimeError: if it cannot be downloaded.
-    """
-    if release == INSTALLED:
-        return None
-    target = CACHE / f"peft-{release}-site"
-    if not target.is_dir():
-        with _scratch() as scratch:
-            site = Path(scratch, "site")
-            command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site)]
-            done = subprocess.run([*command, f"peft=={release}"], capture_output=True, text=True, timeout=600)
-            if done.returncode != 0:
-                raise RuntimeError(f"PEFT {release} could not be downloaded. pip said:\n{done.stderr.strip()}")
-            _move(site, target)
-    return target
 
 
 def _scratch() -> tempfile.TemporaryDirectory[str]:
@@ -268,12 +239,11 @@ def _insert_after(module: str, text: str, line: str, addition: str) -> str:
     return text[:end] + addition + text[end:]
 
 
-def run_suite(package: Path, site: Path | None = None, workers: int = 2) -> list[Outcome]:
+def run_suite(package: Path, workers: int = 2) -> list[Outcome]:
     """Run the tests of our rows in a process of its own, `workers` at a time if pytest-xdist is there.
 
     Args:
         package: what `build_suite` returned.
-        site: a folder to import PEFT from, if not the one that is installed.
         workers: number of processes.
 
     Raises:
@@ -295,7 +265,7 @@ def run_suite(package: Path, site: Path | None = None, workers: int = 2) -> list
         command += ["-n", str(workers)]
     # what an outer pytest has set there (options, the name of an xdist worker) is not meant for this one
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    paths = [site, Path(peft_trex.__file__).parents[1], environment.get("PYTHONPATH")]
+    paths = [Path(peft_trex.__file__).parents[1], environment.get("PYTHONPATH")]
     environment["PYTHONPATH"] = os.pathsep.join(str(path) for path in paths if path)
     environment["OMP_NUM_THREADS"] = "1"
     environment["HF_HUB_OFFLINE"] = "1"

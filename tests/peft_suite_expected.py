@@ -36,11 +36,8 @@ TOKENS = "trainable_token_indices is LoRA's"
 PATTERNS = "rank_pattern and alpha_pattern are LoRA's"
 COUNTS = "states how many parameters LoRA of rank 8 has"
 EMBEDDINGS = "reaches for LoRA's parameters of embedding layers"
+CONVERSION = "bounds the error of a conversion to LoRA, which for routed tokens hangs on the weights that are drawn"
 MIXED = "PeftMixedModel refuses T-REX by name, which test_incompatible_config_raises sees"
-SEQ2SEQ = (
-    "these releases of PEFT ask the model for _prepare_encoder_decoder_kwargs_for_generation, which transformers 5.23 "
-    "lacks, so that no method can be used on such a model"
-)
 
 EXCLUDED = [
     Excluded(r"low_level_api\.py.*test_inject_from_state_dict", INJECTED),
@@ -65,10 +62,12 @@ EXCLUDED = [
     Excluded(r"lora_conversion\.py.*test_(miss|kasa|prompt_learning|peft_model_but|converted_lora_to_lora)", OTHER),
     Excluded(r"lora_conversion\.py.*test_no_peft_layer", NO_METHOD),
     Excluded(r"lora_conversion\.py.*test_converting_transformers_model", INJECTED),
+    Excluded(r"test_decoder_models\.py.*test_lora_conversion.*Gemma3", CONVERSION, before="0.21.2"),
     Excluded(r"test_mixed\.py.*::(?!test_incompatible_config_raises)test_", MIXED),
-    Excluded(r"test_encoder_decoder_models\.py", SEQ2SEQ, before="0.21.2"),
 ]
 
+# the oldest release of PEFT runs with the oldest of transformers: `make test-lowest`
+TIED = "merging into tied weights is refused; since transformers 5 PEFT's model of that test has none"
 MEAN_ROUTING = "a merged weight is the same for all tokens and holds the mean routing; the adapter routes each token"
 SILENT = "without a router, and with a prior that is not fitted and counts as zero, the adapter adds nothing"
 IDLE_MAP = "a prior that is not fitted counts as zero, so that the learned map gets no gradient"
@@ -196,7 +195,6 @@ EXPECTED: dict[str, list[Expected]] = {
             "assert torch.allclose(logits, logits_merged,",
             default(SEQ2SEQS),
             MEAN_ROUTING,
-            since="0.21.2",
         ),
     ],
     "test_feature_extraction_models.py": [
@@ -246,6 +244,13 @@ EXPECTED: dict[str, list[Expected]] = {
         ),
     ],
     "test_tuners_utils.py": [
+        Expected(
+            "TestBaseTunerWarnForTiedEmbeddings.test_warn_for_tied_embeddings_merge",
+            "raise ValueError(",
+            {""},
+            TIED,
+            before="0.21.2",
+        ),
         Expected(
             "TestPeftCustomKwargs.test_module_matching_trex",
             "assert matched == expected",

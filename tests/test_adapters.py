@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import adapted, answered, batches, make_llama, pad_to, prompts, randomize
+from conftest import BEFORE_5, adapted, answered, batches, make_llama, pad_to, prompts, randomize
 from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
@@ -316,7 +316,7 @@ def test_a_mixed_model_refuses_by_name_and_stays_as_it_was(tmp_path):
     names = [name for name, _ in base.named_modules()]
     with pytest.raises(ValueError, match="'TREX' is not compatible with the `PeftMixedModel`"):
         get_peft_model(base, _config("default"), mixed=True)
-    with pytest.raises(ValueError, match=r"PeftType\.TREX is not supported for mixed models"):
+    with pytest.raises(ValueError, match=r"TREX is not supported for mixed models"):
         PeftMixedModel.from_pretrained(base, tmp_path)
     assert [name for name, _ in base.named_modules()] == names and not hasattr(base, "peft_config")
     assert all(parameter.requires_grad for parameter in base.parameters())
@@ -617,4 +617,5 @@ def test_one_short_prompt(length):
     left, mask = (part[None] for part in pad_to(ids[0], 12, "left"))
     tokens = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)[:, length:]
     assert torch.equal(model.generate(input_ids=left, attention_mask=mask, max_new_tokens=4)[:, 12:], tokens)
-    assert torch.equal(model.generate(inputs_embeds=embeds, max_new_tokens=4, do_sample=False), tokens)
+    if length > 1 or not BEFORE_5:  # which takes the wrong one of two branches for a single embedding
+        assert torch.equal(model.generate(inputs_embeds=embeds, max_new_tokens=4, do_sample=False), tokens)

@@ -319,17 +319,17 @@ def test_a_collapsed_router_recovers(top_k):
     used = {}
     start, batch = _collapsed(top_k)
     before = _used(start, batch)
-    for coefficient in (0.0, 2.0):
+    for coefficient in (0.0, 10.0):
         model = copy.deepcopy(start).train()
         model.peft_config["default"].balance_loss_coef = coefficient
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        for _ in range(80):
+        for _ in range(60):
             optimizer.zero_grad()
             model.train()(**batch).loss.backward()
             optimizer.step()
         used[coefficient] = _used(model, batch)
-    assert before < 2.5  # of six
-    assert used[0.0] < 3 < 3.6 < used[2.0], used
+    # Of six experts, the loss brings at least one more into use than there were, and than training alone does.
+    assert max(before, used[0.0]) + 1 < used[10.0] > 3.6, (before, used)
 
 
 @pytest.mark.slow

@@ -210,16 +210,28 @@ def test_jobs_take_turns_and_the_warm_up_does_not_count():
     assert len(set(turns)) > 3  # and not always in one order
 
 
-def test_what_prepares_a_run_is_not_timed():
-    job = measure.Job(lambda: time.sleep(0.002), lambda: time.sleep(0.1), part=lambda: 0.001)
-    took, part = measure.seconds(job, "cpu", repeats=2)
-    assert 0.002 <= took < 0.1
-    assert part == pytest.approx(0.001)
+@pytest.fixture
+def sleep(monkeypatch):
+    """A clock that only sleeping moves: what is measured does not hang on how busy the machine is."""
+    now = [0.0]
+
+    def pass_by(seconds):
+        now[0] += seconds
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return pass_by
 
 
-def test_short_runs_are_repeated():
-    samples = measure.interleave({"a": measure.Job(lambda: time.sleep(0.002))}, "cpu", rounds=1, at_least=0.02)
-    assert 2 <= samples["a"].repeats <= 10
+def test_what_prepares_a_run_is_not_timed(sleep):
+    job = measure.Job(lambda: sleep(0.002), lambda: sleep(0.1), part=lambda: 0.001)
+    assert measure.seconds(job, "cpu", repeats=2) == pytest.approx((0.002, 0.001))
+
+
+def test_short_runs_are_repeated(sleep):
+    jobs = {name: measure.Job(lambda took=took: sleep(took)) for name, took in (("a", 0.002), ("b", 1.0))}
+    samples = measure.interleave(jobs, "cpu", rounds=1, at_least=0.02)
+    assert (samples["a"].repeats, samples["b"].repeats) == (10, 1)
+    assert samples["a"].times == pytest.approx([0.002]) and samples["b"].times == pytest.approx([1.0])
 
 
 def test_ratios_are_to_the_baseline_of_the_same_round():
@@ -276,7 +288,7 @@ def test_the_cache_is_as_long_at_every_measurement():
     job = group.jobs()[TREX]
     lengths = []
     job.model.register_forward_pre_hook(
-        lambda _, args, kwargs: lengths.append(kwargs["past_key_values"].get_seq_length()), with_kwargs=True
+        lambda _, args, kwargs: lengths.append(kwargs[cases.CACHE].get_seq_length()), with_kwargs=True
     )
     measure.interleave({TREX: job}, "cpu", rounds=2, at_least=0.02)
     measure.peak_memory(job, "cpu")
@@ -284,21 +296,21 @@ def test_the_cache_is_as_long_at_every_measurement():
     assert len(lengths) > 4 and set(lengths) == {SIZES["smoke"].cached}
 
 
-def test_the_priors_share_is_what_its_hooks_take(monkeypatch):
+def test_the_priors_share_is_what_its_hooks_take(monkeypatch, sleep):
     from peft_trex.scoring import PromptScorer
 
     score = PromptScorer.score
 
     def slow(*arguments):
-        time.sleep(0.05)
+        sleep(0.05)
         return score(*arguments)
 
     monkeypatch.setattr(PromptScorer, "score", slow)
     (group,) = cases.prior(cases.Setting("smoke", "fp32", "cpu"))
     job = group.jobs()[TREX]
+    job.model.base_model.register_forward_hook(lambda *_: sleep(0.2))  # what is not the prior's
     measure.seconds(job, "cpu")
-    whole, part = measure.seconds(job, "cpu", repeats=2)
-    assert 0.05 <= part < whole and part < 0.1
+    assert measure.seconds(job, "cpu", repeats=2) == pytest.approx((0.25, 0.05))
 
 
 # the report

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from conftest import adapted, answered, make_gpt2, make_llama, prompts, randomize
+from conftest import CACHE, adapted, answered, make_gpt2, make_llama, prompts, randomize
 from peft import PeftModel
 from torch._dynamo import config as dynamo
 from torch._dynamo.utils import counters
@@ -142,7 +142,7 @@ def test_a_cache_carries_the_prior_out_of_a_compiled_forward():
         outputs = []
         for function in (model, compiled):
             first = function(ids[:, :-1], position_ids=torch.arange(8)[None], logits_to_keep=4)
-            outputs.append(function(ids[:, -1:], past_key_values=first.past_key_values).logits)
+            outputs.append(function(ids[:, -1:], **{CACHE: first[CACHE]}).logits)
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
 
 

@@ -318,7 +318,8 @@ def test_the_base_models_name_travels(tmp_path):
 )
 def test_stock_peft_finds_the_same_layers(tmp_path, settings, targets):
     model = adapted(**settings)
-    with warnings.catch_warnings(action="ignore"):  # that it is approximate
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is approximate
         save_trex_as_lora(model, tmp_path / "out", per_cluster=False)
     assert set(adapter_of(tmp_path / "out")[0]["target_modules"]) == targets
     assert set(layers_of(load(make_llama(), tmp_path / "out"), LoraLayer)) == set(layers_of(model))
@@ -369,7 +370,8 @@ def test_one_adapter_without_a_calibration(tmp_path):
     with pytest.raises(ValueError, match=r"no static weights for each cluster; call calibrate_trex_merge\(.*per_c"):
         save_trex_as_lora(model, tmp_path / "out")
     assert not files(tmp_path)
-    with warnings.catch_warnings(action="ignore"):  # that it is approximate
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is approximate
         save_trex_as_lora(model, tmp_path / "out", per_cluster=False)
         model.merge_adapter()
     assert files(tmp_path / "out") == ADAPTER

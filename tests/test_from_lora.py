@@ -32,7 +32,8 @@ def make_lora(seed=0, kind="llama", base=None, **kwargs):
 
 def own_prompts(number, count=16):
     """Batches of the prompts of one adapter: one of the groups that `prompts` has."""
-    return [{"input_ids": part} for part in prompts(4 * count)[number::4].split(8)]
+    # Long prompts have means that lie close together, so that no draw of them blurs the groups.
+    return [{"input_ids": part} for part in prompts(4 * count, length=60)[number::4].split(8)]
 
 
 def deltas(lora, adapter_name="default"):
@@ -96,8 +97,8 @@ def test_one_lora_is_reproduced(kind, settings, source, tmp_path):
     model, report = trex_from_lora(MAKERS[kind](), [given])
     batch = {"input_ids": prompts(3)}
     batch |= {"decoder_input_ids": prompts(3, 4)} if kind == "t5" else {}
-    with torch.no_grad():
-        found, expected, base = (m.eval()(**batch).logits for m in (model, lora, MAKERS[kind]()))
+    with torch.no_grad():  # in float64, as T5 makes much of a rounding in float32
+        found, expected, base = (m.double().eval()(**batch).logits for m in (model, lora, MAKERS[kind]()))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(expected, base, atol=0.1)
     assert max(report.errors + report.start_errors) < 1e-12
@@ -368,7 +369,7 @@ def task_batch(task, seed, count=32):
     """Two tasks on the same words, told apart by the prompts' first tokens."""
     generator = torch.Generator().manual_seed(seed)
     marks = torch.randint(24, 34, (count, 3), generator=generator) + 10 * task
-    words = torch.randint(3, 11, (count, 2), generator=generator)
+    words = torch.randint(3, 7, (count, 2), generator=generator)
     answer = words[:, -1:] + (8 if task == 0 else 45)
     ids = torch.cat([marks, words, answer], 1)
     return {"input_ids": ids, "labels": torch.cat([torch.full((count, 5), -100), answer], 1)}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import PAD, adapted, pad_to, prompts
+from conftest import CACHE, PAD, adapted, pad_to, prompts
 
 from peft_trex import TRexLayer
 
@@ -141,8 +141,13 @@ def test_inputs_embeds(decoder):
     assert torch.equal(found, decoder.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=PAD)[:, 9:])
 
 
-def test_decoding_by_hand_with_a_cache(decoder):
-    """A cache carries the prior of its prompt: token by token equals the whole sequence with the prompt's prior."""
+@pytest.mark.parametrize("name", sorted({CACHE, "past_key_values"}))
+@pytest.mark.filterwarnings("ignore:.*past_key_values.*deprecated:FutureWarning")
+def test_decoding_by_hand_with_a_cache(decoder, name):
+    """A cache carries the prior of its prompt: token by token equals the whole sequence with the prompt's prior.
+
+    It does so under each name that transformers takes it by.
+    """
     ids = _rows()[0][None]
     expected = decoder.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=PAD)[0, 9:].tolist()
     output = decoder(input_ids=ids, use_cache=True)
@@ -150,7 +155,7 @@ def test_decoding_by_hand_with_a_cache(decoder):
     for _ in range(6):
         token = output.logits[:, -1:].argmax(-1)
         found.append(token.item())
-        output = decoder(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        output = decoder(input_ids=token, **{name: output[CACHE]}, use_cache=True)
     assert found == expected
 
 
@@ -158,10 +163,10 @@ def test_a_foreign_cache_warns_once():
     model = adapted()
     ids = _rows()[0][None]
     with model.disable_adapter():
-        cache = model(input_ids=ids, use_cache=True).past_key_values
+        cache = {CACHE: model(input_ids=ids, use_cache=True)[CACHE]}
     with pytest.warns(UserWarning, match="cache whose prompt T-REX did not see"):
-        model(input_ids=ids[:, :1], past_key_values=cache)
-    model(input_ids=ids[:, :1], past_key_values=cache)  # a second warning would be an error here
+        model(input_ids=ids[:, :1], **cache)
+    model(input_ids=ids[:, :1], **cache)  # a second warning would be an error here
 
 
 def test_t5_encoder_on_its_own(t5):

@@ -342,7 +342,12 @@ def compiled(name, size, dtype, prior, target):
         attrs={(k,): [["tt.divisibility", 16]] for k, name in enumerate(kernel.arg_names) if types[name][0] == "*"},
     )
     options = {"num_warps": kernels.WARPS, "enable_fp_fusion": True}
-    done = triton.compile(source, target=GPUTarget(*target), options=options)
+    try:
+        done = triton.compile(source, target=GPUTarget(*target), options=options)
+    except Exception as error:
+        if "ROCm linker" in str(error):  # releases before 3.5 bring none
+            pytest.skip(str(error))
+        raise
     if target[0] == "hip":
         spills = re.findall(r"_spill_count:\s+(\d+)", done.asm["amdgcn"])
         return len(done.asm["hsaco"]), spills

@@ -450,9 +450,12 @@ def test_a_constant_prior_says_the_same_of_every_prompt():
 
 
 def test_an_offset_adds_the_constant_prior_to_that_of_the_prompts():
-    sentences = torch.nn.functional.normalize(torch.randn(80, 384) + 0.6, dim=-1)  # 0.86 long, once centred
+    generator = torch.Generator().manual_seed(0)
+    # As many groups as there are clusters, so that k-means finds the same ones with the offset and without.
+    drawn = torch.randn(32, 384, generator=generator).repeat(3, 1) + 0.1 * torch.randn(96, 384, generator=generator)
+    sentences = torch.nn.functional.normalize(drawn + 0.6, dim=-1)  # 0.86 long, once centred
     embed = embedding_of(METHODS["T-REX sentence encoder, offset"], lambda prompts: sentences)
-    embeddings = embed([""] * 80)
+    embeddings = embed([""] * 96)
     scores = _prior_of("T-REX sentence encoder, offset", embeddings).score(embeddings)
     constant = embeddings[:, -CONSTANT_WIDTH:]
     semantic = _prior_of("T-REX sentence encoder", sentences).score(sentences)
@@ -590,6 +593,13 @@ def test_names_are_those_of_the_speed_benchmark():
 
 
 def test_what_the_prior_sees_of_the_tasks(tmp_path, tiny_model, capsys, monkeypatch):
+    def load_model(path):
+        """As in larger models, one direction outweighs all others: without whitening it makes the tasks alike."""
+        base, tokenizer = quality.load_model(path)
+        base.get_input_embeddings().weight.data[:, 0] *= 10
+        return base, tokenizer
+
+    monkeypatch.setattr(prior, "load_model", load_model)
     monkeypatch.setattr(prior, "DIRECTIONS", (None, 8))
     data = {**SMOKE["data"], "train": 100}
     assert prior.main([str(_write(tmp_path, data=data, base=str(tiny_model)))]) == 0
@@ -602,8 +612,9 @@ def test_what_the_prior_sees_of_the_tasks(tmp_path, tiny_model, capsys, monkeypa
 
 def test_overlap_purity_and_spread_of_a_clear_case():
     """Two tasks on opposite sides, and a third at a right angle."""
-    where = torch.eye(3)[:2].repeat_interleave(100, 0) * 5
-    embeddings = torch.cat([where[:100], -where[:100], where[100:]]) + 0.1 * torch.randn(300, 3)
+    # The third is so near the middle that the first two are opposite also as seen from the mean of all three.
+    where = torch.tensor([[5.0, 0, 0], [-5, 0, 0], [0, 2, 0]]).repeat_interleave(100, 0)
+    embeddings = where + 0.1 * torch.randn(300, 3, generator=torch.Generator().manual_seed(0))
     tasks = ["a"] * 100 + ["b"] * 100 + ["c"] * 100
     words, purity, nmi, spread, overlap = prior.look(embeddings, tasks, None)
     assert words == "none" and purity == "1.00"

@@ -1,6 +1,7 @@
 """The demo, from its first line to its last, on a tiny model; and the tasks it generates."""
 
 import json
+import shutil
 import subprocess
 import sys
 from datetime import date
@@ -35,12 +36,8 @@ def _save_tiny_model(folder):
 
 
 def _quickstart(*arguments):
-    return subprocess.run(
-        [sys.executable, str(EXAMPLES / "quickstart.py"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    command = [sys.executable, str(EXAMPLES / "quickstart.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +47,18 @@ def tiny_model(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["--bf16", "--no-bf16"])
-def test_quickstart_runs_through(precision, tmp_path, tiny_model):
-    result = _quickstart("--model", tiny_model, "--steps", 3, "--test", 2, "--out", tmp_path, precision)
+@pytest.fixture(scope="module", params=["--bf16", "--no-bf16"])
+def finished(tiny_model, tmp_path_factory, request):
+    """The demo's folder when it has run through, and the process."""
+    folder = tmp_path_factory.mktemp("demo")
+    result = _quickstart("--model", tiny_model, "--steps", 3, "--test", 2, "--out", folder, request.param)
     assert result.returncode == 0, result.stderr[-3000:]
+    return folder, result
+
+
+@pytest.mark.slow
+def test_quickstart_runs_through(finished):
+    folder, result = finished
     for words in (
         "8 tasks, 4800 training rows, 16 held-out prompts",
         "32 clusters",
@@ -67,16 +71,16 @@ def test_quickstart_runs_through(precision, tmp_path, tiny_model):
         assert words in result.stdout, result.stdout
     for task in TASKS:
         assert f"\n{task} " in result.stdout
-    assert (tmp_path / "routing.png").read_bytes().startswith(b"\x89PNG")
-    assert "last word" in (tmp_path / "routing.md").read_text()
-    assert (tmp_path / "adapter" / "adapter_config.json").exists()
-    router = SemanticRouter.from_pretrained(tmp_path / "lora")
-    assert all((folder / "adapter_model.safetensors").exists() for folder in router.adapters.values())
+    assert (folder / "routing.png").read_bytes().startswith(b"\x89PNG")
+    assert "last word" in (folder / "routing.md").read_text()
+    assert (folder / "adapter" / "adapter_config.json").exists()
+    router = SemanticRouter.from_pretrained(folder / "lora")
+    assert all((adapter / "adapter_model.safetensors").exists() for adapter in router.adapters.values())
 
 
 @pytest.mark.slow
-def test_a_changed_adapter_is_noticed_when_it_is_reloaded(tmp_path, tiny_model):
-    assert _quickstart("--model", tiny_model, "--steps", 2, "--test", 1, "--out", tmp_path).returncode == 0
+def test_a_changed_adapter_is_noticed_when_it_is_reloaded(finished, tmp_path, tiny_model):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
     key = next(key for key in tensors if "trex_B" in key)

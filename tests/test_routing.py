@@ -489,6 +489,7 @@ def _trainer(tmp_path, model, report_to=(), **kwargs):
     return Trainer(model=model, args=settings, train_dataset=rows, data_collator=default_data_collator)
 
 
+CHECKPOINTED = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 FROM_PARAMETERS = {"routing/omega", "routing/gate", "routing/gates_shut"}
 FROM_A_FORWARD = {
     "routing/router_entropy",
@@ -503,7 +504,7 @@ def _logged(trainer):
     return {entry["step"]: {key: value for key, value in entry.items() if "routing" in key} for entry in history}
 
 
-@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"gradient_accumulation_steps": 2}])
+@pytest.mark.parametrize("settings", [{}, CHECKPOINTED, {"gradient_accumulation_steps": 2}])
 def test_a_trainer_logs_the_routing(tmp_path, settings, monkeypatch):
     looked = []
     monkeypatch.setattr(callbacks, "look", lambda layer, *rest: looked.append(layer) or look(layer, *rest))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import adapted, answered
+from conftest import BEFORE_5, adapted, answered
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -170,6 +170,7 @@ def test_bytes_of_the_prior():
     assert scaling.prior_bytes(prior.dim) == sum(buffer.nbytes for buffer in prior.buffers())
 
 
+@pytest.mark.skipif(BEFORE_5, reason="attention keeps other tensors there than the computation takes for granted")
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_what_is_kept_for_the_backward_pass(autocast):

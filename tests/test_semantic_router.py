@@ -1,5 +1,6 @@
 """The router of an exported folder: the model's own choice of cluster, without the model, and what it refuses."""
 
+import functools
 import json
 import shutil
 import subprocess
@@ -442,17 +443,32 @@ def test_the_lone_file_loads_neither_torch_nor_peft(tmp_path, tokens):
     assert run_lone_file(sys.executable, tmp_path / "out", tokens[0]) == sys.version_info[:2]
 
 
+@pytest.fixture(scope="module")
+def bare_python(tmp_path_factory):
+    """Makes an interpreter with NumPy and safetensors only, once for each version; or says why there is none."""
+
+    @functools.cache
+    def make(version):
+        folder = tmp_path_factory.mktemp("venv")
+        python = folder / "bin" / "python"
+        for command in (
+            [PYTHONS[version], "-m", "venv", folder],
+            [python, "-m", "pip", "install", "--quiet", "--only-binary=:all:", "numpy", "safetensors"],
+        ):
+            made = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            if made.returncode:
+                return None, made.stderr.strip()[-300:]
+        without = subprocess.run([python, "-c", "import torch"], capture_output=True)
+        assert without.returncode  # so that the file cannot lean on it
+        return python, ""
+
+    return make
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("version", sorted(PYTHONS))
-def test_the_lone_file_on_every_python(tmp_path, tokens, version):
-    python = tmp_path / "venv" / "bin" / "python"
-    for command in (
-        [PYTHONS[version], "-m", "venv", tmp_path / "venv"],
-        [python, "-m", "pip", "install", "--quiet", "--only-binary=:all:", "numpy", "safetensors"],
-    ):
-        made = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        if made.returncode:
-            pytest.skip(f"numpy and safetensors are not to be had for Python {version}: {made.stderr.strip()[-300:]}")
-    without = subprocess.run([python, "-c", "import torch"], capture_output=True)
-    assert without.returncode  # so that the file cannot lean on it
+def test_the_lone_file_on_every_python(tmp_path, tokens, version, bare_python):
+    python, why = bare_python(version)
+    if python is None:
+        pytest.skip(f"numpy and safetensors are not to be had for Python {version}: {why}")
     assert str(run_lone_file(python, tmp_path / "out", tokens[0])) == version

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from conftest import MAKERS, PAD, adapted, answered, make_llama, pad_to, prompts
+from conftest import CACHE, MAKERS, PAD, adapted, answered, make_llama, pad_to, prompts
 from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
@@ -147,8 +147,8 @@ def test_decoding_by_hand(decoder, when):
         for token in range(3):
             mask = torch.cat([mask, mask.new_ones(3, 1)], 1)
             step = torch.full((3, 1), 7 + token)
-            cache = output.past_key_values
-            output = decoder(input_ids=step, attention_mask=mask, past_key_values=cache, use_cache=True, **then)
+            cache = {CACHE: output[CACHE]}
+            output = decoder(input_ids=step, attention_mask=mask, **cache, use_cache=True, **then)
             logits.append(output.logits[:, -1])
         return torch.stack(logits)
 
@@ -171,8 +171,8 @@ def test_steering_may_begin_in_the_middle(decoder):
 
     def second(**kwargs):
         with torch.no_grad():
-            cache = decoder(**batch, use_cache=True).past_key_values
-            return decoder(input_ids=step, attention_mask=mask, past_key_values=cache, **kwargs).logits
+            cache = {CACHE: decoder(**batch, use_cache=True)[CACHE]}
+            return decoder(input_ids=step, attention_mask=mask, **cache, **kwargs).logits
 
     plain, found = second(), second(semantic_prior=ROWS)
     torch.testing.assert_close(found[1], plain[1])
@@ -340,10 +340,10 @@ def test_what_is_not_computed_is_not_warned_of():
     """Neither a cache of unknown origin nor a training without labels matters to a prior that is set."""
     model = adapted()
     with torch.no_grad():
-        cache = model(**_batch()).past_key_values
+        cache = model(**_batch())[CACHE]
         del cache._trex_prior
         mask = torch.cat([_batch()["attention_mask"], torch.ones(3, 1, dtype=torch.long)], 1)
-        model(input_ids=torch.full((3, 1), 7), attention_mask=mask, past_key_values=cache, semantic_prior=1)
+        model(input_ids=torch.full((3, 1), 7), attention_mask=mask, **{CACHE: cache}, semantic_prior=1)
     model.train()(**_batch(), semantic_prior=1)
 
 
@@ -542,7 +542,8 @@ def test_examples_of_external_embeddings_that_cannot_be(example, message):
 def _conflicting(task, seed):
     """The same prompts for both tasks, which answer the last word of them in two ways."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 11, (len(task), 4), generator=generator)
+    # With four words the skills are learned without a mistake, and the thresholds do not hang on the seed.
+    ids = torch.randint(3, 7, (len(task), 4), generator=generator)
     answer = ids[:, -1:] + torch.where(task == 0, 10, 20)[:, None]
     return {
         "input_ids": torch.cat([ids, answer], 1),
@@ -569,7 +570,7 @@ def test_steering_chooses_the_skill(told_by):
         given = {"semantic_prior": task}
     assert sorted(cluster) == [0, 1]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for step in range(160):
+    for step in range(120):
         optimizer.zero_grad()
         model.train()(**_conflicting(task, step), **given).loss.backward()
         optimizer.step()

@@ -132,8 +132,12 @@ def test_gradient_checkpointing_and_accumulation_train_alike(tmp_path):
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "gradient_checkpointing": True},
+        {"activation_checkpointing": True},
     ):
+        if not settings.keys() <= TrainingArguments.__dataclass_fields__.keys():
+            continue  # transformers before 5.24 has the older name only
         other = _trainer(adapted(), tmp_path, 3, **settings)
+        other.model.enable_input_require_grads()  # which reentrant checkpointing wants, and PEFT does in time since 5
         other.train()
         torch.testing.assert_close(_losses(other), _losses(plain), atol=2e-4, rtol=1e-3)
 
@@ -169,13 +173,17 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
 
 
 def test_trainers_bfloat16_trains_as_float32_does(tmp_path):
-    plain, mixed = (_trainer(adapted(), tmp_path, 20, bf16=bf16) for bf16 in (False, True))
+    # Adam's steps follow the signs of gradients, which a rounding may turn: only small steps stay comparable.
+    plain, mixed = (_trainer(adapted(), tmp_path, 3, bf16=bf16, learning_rate=1e-3) for bf16 in (False, True))
     for trainer in (plain, mixed):
         trainer.train()
     first, second = _losses(plain), _losses(mixed)
     assert first != second  # autocast did take part
-    torch.testing.assert_close(second[:3], first[:3], atol=0.05, rtol=0.02)
-    assert sum(second[-5:]) < 0.6 * sum(second[:5])
+    torch.testing.assert_close(second, first, atol=0.05, rtol=0.02)
+    mixed = _trainer(adapted(), tmp_path, 40, bf16=True)
+    mixed.train()
+    losses = _losses(mixed)
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
     assert {parameter.dtype for parameter in _adapter(mixed.model).values()} == {torch.float32}
 
 
@@ -196,7 +204,7 @@ def test_accelerates_mixed_precision(fresh_accelerate):
     layer, seen = accelerator.unwrap_model(model).base_model.model.model.layers[1].mlp.up_proj, []
     layer.register_forward_pre_hook(lambda layer, args: seen.append(layer._channel.scores("default", args[0])))
     losses = []
-    for _ in range(15):
+    for _ in range(25):
         optimizer.zero_grad()
         output = model(**answered(8))
         accelerator.backward(output.loss)
@@ -214,11 +222,11 @@ def test_adapters_on_a_bfloat16_base(tmp_path, upcast):
     model = get_peft_model(base, TRexConfig(**SETTINGS), autocast_adapter_dtype=upcast)
     expected = torch.float32 if upcast else torch.bfloat16
     assert {parameter.dtype for parameter in _adapter(model).values()} == {expected}
+    assert model(**answered(2)).logits.dtype == torch.bfloat16
     trainer = _trainer(model, tmp_path, 30, [TRexPriorCallback(progress=False)])
     trainer.train()
     losses = _losses(trainer)
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
-    assert model(**answered(2)).logits.dtype == torch.bfloat16
     model.save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(
         make_llama().to(torch.bfloat16), tmp_path / "adapter", autocast_adapter_dtype=upcast

@@ -1,4 +1,4 @@
-"""What a user does first, with the installed wheel and nothing else; `make package` runs it, and mypy reads it."""
+"""What a user does first, with the installed wheel and nothing else: `make package` runs it."""
 
 from __future__ import annotations
 
