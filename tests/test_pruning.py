@@ -137,7 +137,7 @@ def test_what_is_kept_takes_over_and_the_vector_that_carries_least_goes():
     model = _model(use_router=False, target_modules=[ONE])
     layer = _layers(model)[ONE]
     with torch.no_grad():  # the longest output vector of all, which another one can stand for
-        layer.trex_B["default"][:, 2] = 30 * layer.trex_B["default"][:, 0]
+        layer.trex_B["default"][:, 2] = 60 * layer.trex_B["default"][:, 0]
         mapping = layer.trex_map["default"].unflatten(0, (2, 3))
         mapping[:, 2] = mapping[:, 0]
     before = _logits(model)
@@ -365,8 +365,9 @@ def test_the_curve_of_size_against_kl():
             return float(torch.cat([(p.exp() * (p - q)).sum(-1)[kept] for p, q, kept in parts]).mean())
 
         nothing = kl(bare)
-        # nine tenths of the parameters cost next to nothing, half of them little
-        assert kls[0] < 1e-6 and kls[1] < 1e-3 * nothing and kls[3] < 0.05 * nothing
+        # At most what carries nothing goes at first; nine tenths cost next to nothing, half of them little.
+        assert errors[0] < 1e-6 and kls[0] < 1e-4 * nothing
+        assert kls[1] < 1e-3 * nothing and kls[3] < 0.05 * nothing
         pruned = prune_trex(model, report, 0.5)
         assert kl([model(**batch).logits[:, :-1].log_softmax(-1) for batch in test]) == pytest.approx(kls[3], rel=1e-4)
     assert (pruned.parameters, pruned.error) == (curve[3].parameters, curve[3].error)

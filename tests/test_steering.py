@@ -570,7 +570,7 @@ def test_steering_chooses_the_skill(told_by):
         given = {"semantic_prior": task}
     assert sorted(cluster) == [0, 1]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for step in range(120):
+    for step in range(160):
         optimizer.zero_grad()
         model.train()(**_conflicting(task, step), **given).loss.backward()
         optimizer.step()
