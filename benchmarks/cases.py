@@ -38,7 +38,7 @@ from variants import (
 )
 
 from peft_trex import TRexConfig, initialize_trex_prior
-from peft_trex.prompts import PromptWatch
+from peft_trex.prior.hooks import PromptWatch
 
 KMEANS = "k-means alone"  # scikit-learn's, on embeddings that are normalised already
 

@@ -23,7 +23,8 @@ from variants import (
 
 from peft_trex import TRexLayer, initialize_trex_prior, rank_one_mixture
 from peft_trex.model import find_tuner
-from peft_trex.prior import ForwardPrior, PriorChannel
+from peft_trex.prior.channel import PriorChannel
+from peft_trex.prior.state import ForwardState
 
 NAMES = ("A", "B", "router", "omega", "gate")
 # relative, on top of four times what the formula itself is off in that precision
@@ -83,7 +84,7 @@ def _gradients(output: Tensor, leaves: dict[str, Tensor], dy: Tensor) -> dict[st
 def check_layer(
     layer: Any,
     channel: PriorChannel,
-    prior: ForwardPrior,
+    prior: ForwardState,
     x: Tensor,
     precision: str,
     where: str,
@@ -149,10 +150,10 @@ def check_model(size: Size, precision: str, device: str) -> None:
     initialize_trex_prior(model, random_prompts(size, device), progress=False)
     randomize(model)
     channel = find_tuner(model).prompts.channel
-    seen: dict[str, tuple[Any, Tensor, ForwardPrior]] = {}
+    seen: dict[str, tuple[Any, Tensor, ForwardState]] = {}
     handles = [
         module.register_forward_hook(
-            lambda layer, args, _, name=name: seen.update({name: (layer, args[0].detach(), channel.running.prior)})
+            lambda layer, args, _, name=name: seen.update({name: (layer, args[0].detach(), channel.running.state)})
         )
         for name, module in model.named_modules()
         if isinstance(module, TRexLayer)
@@ -182,7 +183,7 @@ def make_layer(
         return model, layer, x, layer
     channel = find_tuner(model).prompts.channel
     scores = torch.rand(rows, config.num_clusters, device=device) * 2 - 1
-    prior = ForwardPrior({"default": scores}, rows, frozenset({tokens}))
+    prior = ForwardState({"default": scores}, rows, frozenset({tokens}))
     return model, layer, x, lambda x: channel.run(prior, layer, x)
 
 
@@ -200,7 +201,7 @@ def check_one_layer(
     model, layer, x, _ = make_layer(config, rows, tokens, width, precision, device)
     randomize(model)
     scores = torch.rand(rows, config.num_clusters, device=device) * 2 - 1
-    prior = ForwardPrior({"default": scores}, rows, frozenset({tokens}))
+    prior = ForwardState({"default": scores}, rows, frozenset({tokens}))
     where = f"layer of width {width}, {rows} x {tokens} tokens, {experts[0]} x {experts[1]} experts"
     where += f", compiled by {backend}" * (backend is not None)
     check_layer(layer, find_tuner(model).prompts.channel, prior, x, precision, where, backend)

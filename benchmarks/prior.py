@@ -29,7 +29,7 @@ from reporting import table  # noqa: E402
 from scoring import Texts  # noqa: E402
 
 from peft_trex import TRexConfig, initialize_trex_prior  # noqa: E402
-from peft_trex.routing import agreement, overlaps  # noqa: E402
+from peft_trex.analysis.statistics import agreement, overlaps  # noqa: E402
 
 DIRECTIONS = (None, 4, 8, 16, 32, 64)
 

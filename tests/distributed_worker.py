@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
-import peft_trex.layer
+import peft_trex.fast.dispatch
 from peft_trex import initialize_trex_prior
 
 # where `make test` puts it: transformers and accelerate behave differently wherever it can be imported
@@ -185,18 +185,18 @@ class Counted:
     """The fast path of the mixture, counting its calls."""
 
     def __init__(self):
-        self.calls, self.function = 0, peft_trex.layer.add_mixture
+        self.calls, self.function = 0, peft_trex.fast.dispatch.add_fused
 
     def __call__(self, *args):
         self.calls += 1
         return self.function(*args)
 
     def __enter__(self):
-        peft_trex.layer.add_mixture = self
+        peft_trex.fast.dispatch.add_fused = self
         return self
 
     def __exit__(self, *_):
-        peft_trex.layer.add_mixture = self.function
+        peft_trex.fast.dispatch.add_fused = self.function
 
 
 # DDP

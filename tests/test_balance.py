@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
 from peft_trex import TRexConfig, TRexLayer
-from peft_trex.balance import LOSS, balance_loss, share_of, z_loss
 from peft_trex.mixture import keep_strongest
+from peft_trex.prior.inputs import Inputs
+from peft_trex.router_losses import LOSS, balance_loss, z_loss
 
 COEFFICIENTS = {"balance_loss_coef": 0.3, "router_z_loss_coef": 0.02}
 
@@ -159,7 +160,7 @@ def test_gradient_checkpointing_changes_no_gradient(settings):
     output, expected = _train(model, batch)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     layers, forwards = [module for module in model.modules() if isinstance(module, TRexLayer)], []
-    layers[0].register_forward_pre_hook(lambda layer, _: forwards.append(layer._channel.running.prior))
+    layers[0].register_forward_pre_hook(lambda layer, _: forwards.append(layer._channel.running.state))
     checkpointed, found = _train(model, batch)
     assert len(forwards) == 2 and len(forwards[0].losses.found["default"]) == len(layers)  # or they would keep graphs
     torch.testing.assert_close(getattr(checkpointed, LOSS), getattr(output, LOSS))
@@ -234,7 +235,7 @@ def test_gradient_accumulation_counts_them_once(tmp_path):
     ],
 )
 def test_the_share_of_a_forward(inputs, shifted, expected):
-    assert float(share_of(inputs, shifted)) == expected
+    assert float(Inputs.of(inputs).share_of_loss(shifted)) == expected
 
 
 def test_uneven_batches_share_them_by_their_labels():

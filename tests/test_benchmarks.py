@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import peft_trex.layer
+import peft_trex.fast.dispatch
 from peft_trex.layer import Linear
-from peft_trex.prior import PriorChannel
+from peft_trex.prior.channel import PriorChannel
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -144,8 +144,8 @@ def test_a_wrong_adapter_gets_no_row(monkeypatch, tmp_path, capsys, case, damage
 
 
 def test_a_wrong_compiled_adapter_gets_no_row(monkeypatch, tmp_path, capsys):
-    add = peft_trex.layer.add_stacked
-    monkeypatch.setattr(peft_trex.layer, "add_stacked", lambda *arguments: add(*arguments) * 1.001)
+    add = peft_trex.fast.dispatch.add_stacked
+    monkeypatch.setattr(peft_trex.fast.dispatch, "add_stacked", lambda *arguments: add(*arguments) * 1.001)
     assert _run(tmp_path / "cpu.jsonl", "--case", "compiled", "--precision", "fp32") == 1
     assert not (tmp_path / "cpu.jsonl").exists()
     assert "compiled by aot_eager" in capsys.readouterr().err
@@ -297,7 +297,7 @@ def test_the_cache_is_as_long_at_every_measurement():
 
 
 def test_the_priors_share_is_what_its_hooks_take(monkeypatch, sleep):
-    from peft_trex.scoring import PromptScorer
+    from peft_trex.prior.scorer import PromptScorer
 
     score = PromptScorer.score
 

@@ -5,7 +5,7 @@ import torch
 from conftest import MAKERS, adapted, answered, make_llama
 from transformers import PreTrainedModel
 
-from peft_trex.prior import CheckpointWithPrior
+from peft_trex.prior.channel import CheckpointWithPrior
 
 KINDS = ["llama", "gpt2", "t5"]
 

@@ -1,5 +1,7 @@
 """Every knob of TRexConfig is checked, and a saved config is the same when it is loaded."""
 
+import dataclasses
+
 import pytest
 from peft import PeftConfig, PeftType
 
@@ -12,6 +14,14 @@ def test_defaults_are_the_papers():
     assert (config.prior_scale, config.gate_temperature, config.num_experts) == (4.0, 100.0, 32)
     assert not config.learned_map
     assert config.peft_type == PeftType.TREX
+
+
+def test_each_field_has_its_explanation_and_the_docstring_has_the_same():
+    documented = " ".join(TRexConfig.__doc__.split())
+    knobs = [field for field in dataclasses.fields(TRexConfig) if field.name in TRexConfig.__annotations__]
+    assert len(knobs) == 29
+    for knob in knobs:
+        assert documented.count(f" {knob.name}: {knob.metadata['help']} ") == 1
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from peft_trex import TRexConfig, TRexPriorCallback, initialize_trex_prior
-from peft_trex.embeddings import SemanticEmbedsCollator, embed_prompts
+from peft_trex.fit.external import SemanticEmbedsCollator, embed_prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

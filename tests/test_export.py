@@ -26,10 +26,9 @@ from peft_trex import (
     TRexConfig,
     TRexLayer,
     calibrate_trex_merge,
-    export,
     save_trex_as_lora,
-    semantic_router,
 )
+from peft_trex.lora import export, semantic_router
 
 CLUSTERS = ["cluster_00", "cluster_01", "cluster_02", "cluster_03"]
 ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]

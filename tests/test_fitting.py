@@ -26,8 +26,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 
-from peft_trex import TRexConfig, TRexPriorCallback, fitting, initialize_trex_prior
-from peft_trex.sampling import Reservoir, _shares
+from peft_trex import TRexConfig, TRexPriorCallback, initialize_trex_prior
+from peft_trex.fit import fitting
+from peft_trex.fit.ranks import shares
+from peft_trex.fit.reservoir import Reservoir
 
 DIM = 16
 
@@ -113,7 +115,7 @@ def test_every_row_is_as_likely_as_any_other(count):
 
 
 @pytest.mark.parametrize(
-    ("size", "seen", "shares"),
+    ("size", "seen", "counts"),
     [
         (10, [5, 5], [5, 5]),
         (10, [100, 100], [5, 5]),
@@ -123,8 +125,8 @@ def test_every_row_is_as_likely_as_any_other(count):
         (0, [0, 0], [0, 0]),
     ],
 )
-def test_shares_go_by_the_counts(size, seen, shares):
-    assert _shares(size, seen) == shares
+def test_shares_go_by_the_counts(size, seen, counts):
+    assert shares(size, seen) == counts
 
 
 def _as_before(embeddings, clusters, seed):
@@ -152,7 +154,7 @@ def test_a_stream_that_fits_ends_where_all_in_memory_does(seed):
         report = initialize_trex_prior(model, **given, seed=seed, progress=False)
         assert _same(expected, _state(model))
         assert report.explained_variance == pytest.approx(explained, abs=1e-5)
-        assert report.prompts == report.sampled == sum(report.cluster_sizes) == 5300 and not report.settled
+        assert report.prompts == report.sampled == sum(report.cluster_sizes) == 5300
 
 
 def test_a_stream_sorted_by_task_is_clustered_by_task(small_sample):
@@ -274,12 +276,6 @@ def test_nan_in_a_prompt_that_is_not_sampled(small_sample):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"tolerance": 0}, ValueError, "tolerance=0 must be a positive number.*or None"),
-        ({"tolerance": -0.1}, ValueError, "tolerance=-0.1"),
-        ({"tolerance": True}, ValueError, "tolerance=True"),
-        ({"tolerance": "0.1"}, ValueError, "tolerance='0.1'"),
-        ({"tolerance": float("nan")}, ValueError, "tolerance=nan"),
-        ({"tolerance": float("inf")}, ValueError, "tolerance=inf"),
         ({"seed": -1}, ValueError, "seed=-1"),
         ({"seed": None}, ValueError, "seed=None"),
         ({"dataloader": [{"inputs_embeds": torch.ones(8, 3, 31)}]}, ValueError, "width 31; expected 32"),
@@ -320,52 +316,7 @@ def test_random_states_are_kept_and_an_interrupt_changes_nothing(interrupt):
     assert _same(before, _state(model)) == interrupt
 
 
-# stopping when the centroids have settled
-
-
-class _Counted(IterableDataset):
-    def __init__(self, rows):
-        self.rows = rows
-        self.given = 0
-
-    def __iter__(self):
-        for row in torch.from_numpy(self.rows):
-            self.given += 1
-            yield {"semantic_embeds": row}
-
-
-@pytest.mark.parametrize("sampled", ["all", "some"])
-def test_reading_stops_when_the_centroids_have_settled(sampled, request):
-    if sampled == "some":
-        request.getfixturevalue("small_sample")
-    embeddings, _ = _tasks(20000)
-    stream = _Counted(embeddings)
-    model = _external()
-    report = initialize_trex_prior(model, DataLoader(stream, batch_size=50), tolerance=0.01, progress=False)
-    assert report.settled and report.prompts == stream.given == 800  # looked at after 400, and after twice as many
-    alone = _external()
-    stream = DataLoader(_Counted(embeddings), batch_size=50)
-    assert initialize_trex_prior(alone, stream, max_batches=16, progress=False).sampled == report.sampled
-    assert _same(_state(model), _state(alone))
-
-
-def test_centroids_that_do_not_settle_are_those_of_all_prompts(samples):
-    embeddings = np.random.default_rng(0).standard_normal((3000, DIM), np.float32)  # nothing to find
-    states = []
-    for tolerance in (None, 1e-9):
-        model = _external()
-        report = initialize_trex_prior(model, _loader(embeddings, 2), tolerance=tolerance, progress=False)
-        assert report.prompts == 3000 and not report.settled
-        states.append(_state(model))
-    assert _same(*states)
-    assert [len(rows) for rows in samples] == [3000, 512, 1024, 2048, 3000]
-
-
-def test_a_look_that_comes_too_early_does_no_harm():
-    embeddings, _ = _tasks(20000)
-    embeddings[:410] = embeddings[0]  # and the first look is after 400
-    report = initialize_trex_prior(_external(), _loader(embeddings), tolerance=0.01, progress=False)
-    assert report.settled and 800 < report.prompts < 20000
+# whitening
 
 
 def _drowned(count=4000):
@@ -398,15 +349,6 @@ def test_whitened_prompts_are_compared_along_their_principal_directions():
     factor = (pulled / scores).median(1).values[:, None]
     assert (factor > 0).all() and prior.pulled_back().norm(dim=-1).max() == pytest.approx(1)
     torch.testing.assert_close(pulled, factor * scores, atol=1e-3, rtol=1e-3)
-
-
-def test_whitened_centroids_settle_in_directions_of_their_own():
-    # four corners that are equally far from each other: no direction is the first, and each sample has its own
-    noise = np.random.default_rng(0).standard_normal((20000, DIM))
-    embeddings = (5 * np.eye(4, DIM)[np.arange(20000) % 4] + 0.2 * noise).astype(np.float32)
-    model = _external(prior_whitening=3)
-    report = initialize_trex_prior(model, _loader(embeddings), tolerance=0.01, progress=False)
-    assert report.settled and report.prompts < 5000
 
 
 @pytest.mark.parametrize(
@@ -514,11 +456,9 @@ def _fit(rank, how):
         data = _shared(0) + _shared(1)
     elif how == "few kinds":
         data = [{"input_ids": prompts(3)}]
-    elif how in ("sampled", "settled", "nan"):
+    elif how in ("sampled", "nan"):
         fitting.SAMPLE_BYTES, fitting.SAMPLE_PER_CLUSTER = 400 * 4 * DIM, 1
         model, data = _external(), _loader(embeddings)
-        if how == "settled":
-            options["tolerance"] = 0.01
         if how == "nan" and rank == 0:
             embeddings[700] = np.nan
     elif how == "dispatched":
@@ -543,7 +483,7 @@ def _run_rank(folder, *cases):
             model, report = _fit(rank, how)
             found = {"digest": _digest(model), "mean": _prior(model).mean.tolist()}
             if report is not None:
-                found |= {"report": [report.prompts, report.sampled, sum(report.cluster_sizes), report.settled]}
+                found |= {"report": [report.prompts, report.sampled, sum(report.cluster_sizes)]}
         except BaseException as error:
             found = {"error": type(error).__name__, "message": str(error)}
             if how == "interrupted" and rank == 1:
@@ -564,7 +504,6 @@ CASES = (
     "unequal",
     "one has none",
     "sampled",
-    "settled",
     "trained",
     "trained, split",
     "trained on a stream",
@@ -614,13 +553,12 @@ def two_ranks(tmp_path_factory):
 @pytest.mark.parametrize(
     ("how", "report"),
     [
-        ("shared out", [400, 400, 400, False]),
-        ("whitened", [400, 400, 400, False]),
-        ("not shared out", [800, 800, 800, False]),
-        ("unequal", [208, 208, 208, False]),
-        ("one has none", [200, 200, 200, False]),
-        ("sampled", [4000, 400, 400, False]),
-        ("settled", None),
+        ("shared out", [400, 400, 400]),
+        ("whitened", [400, 400, 400]),
+        ("not shared out", [800, 800, 800]),
+        ("unequal", [208, 208, 208]),
+        ("one has none", [200, 200, 200]),
+        ("sampled", [4000, 400, 400]),
         ("trained", None),
         ("trained, split", None),
         ("trained on a stream", None),
@@ -644,8 +582,6 @@ def test_ranks_together_see_what_one_process_sees(two_ranks):
     both = np.concatenate([_tasks(3000)[0], _tasks(1000, seed=5)[0]])
     mean = torch.tensor(two_ranks["sampled"][0]["mean"])
     torch.testing.assert_close(mean, torch.from_numpy(both.mean(0, dtype=np.float64)).float())
-    *_, settled = two_ranks["settled"][0]["report"]
-    assert settled and two_ranks["settled"][0]["report"][0] < 4000
     assert two_ranks["trained"][0]["digest"] != two_ranks["shared out"][0]["digest"]
 
 

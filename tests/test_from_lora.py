@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import Trainer, TrainingArguments
 
 from peft_trex import TRexConfig, TRexLayer, trex_from_lora
+from peft_trex.prior.inputs import Inputs
 
 TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "mlp.c_proj"], "t5": ["q", "wo"]}
 
@@ -68,7 +69,7 @@ def weights_of(model, layer, ids):
     tuner = model.base_model
     weights = torch.full((len(ids), layer.trex_router["default"].shape[0]), 0.5, dtype=torch.float64)
     if "default" in layer.trex_map:
-        scores = tuner.trex_prior["default"].score(tuner.prompts.scorer.embed({"input_ids": ids})[0])
+        scores = tuner.trex_prior["default"].score(tuner.prompts.scorer.embed(Inputs.of({"input_ids": ids}))[0])
         weights = weights + 0.5 * 4 * (scores @ layer.trex_map["default"].T).detach().double()
     return weights
 
@@ -572,7 +573,8 @@ def test_padding_does_not_count_as_prompts():
     plain = [own_prompts(0), own_prompts(1)]
     padded = []
     for batches in plain:
-        ids = torch.cat([batches[0]["input_ids"], torch.full((3, 9), PAD)])
+        ids = batches[0]["input_ids"]
+        ids = torch.cat([ids, torch.full((3, ids.shape[1]), PAD)])
         padded.append([{"input_ids": ids, "attention_mask": (ids != PAD).long()}, batches[1]])
     settings = {"num_clusters": 4, "progress": False}
     reports = [trex_from_lora(make_llama(), loras, prompts=each, **settings)[1] for each in (plain, padded)]

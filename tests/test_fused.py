@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 
-import peft_trex.fused
-import peft_trex.layer
+import peft_trex.fast.autograd
+import peft_trex.fast.dispatch
 from peft_trex import TRexConfig, TRexLayer, initialize_trex_prior
-from peft_trex.fused import MixSettings, add_mixture, add_stacked, separable
-from peft_trex.mixture import num_experts, rank_one_mixture
+from peft_trex.fast.base import Base, separable
+from peft_trex.fast.dispatch import add_mixture, add_stacked
+from peft_trex.mixture import Experts, Settings, num_experts, rank_one_mixture
 
 SCALES = {"token_scale": 6.0, "prior_scale": 4.0, "temperature": 100.0}
 
@@ -66,12 +67,20 @@ def reference(tensors, **kwargs):
     return tensors["result"] + rank_one_mixture(**rest, **kwargs).to(tensors["result"].dtype)
 
 
-def fused(tensors, add=add_mixture, **kwargs):
-    return add(
-        tensors["result"],
-        **{"prior": None, "router_down": None, **without("result", tensors)},
-        settings=MixSettings(tensors["A"].shape[0], **kwargs),
-    )
+def fused(tensors, **kwargs):
+    result, x = tensors["result"], tensors["x"]
+    base = Base(x, None, result) if isinstance(result, torch.Tensor) else Base(x, result)
+    return add_mixture(base, x, experts_of(tensors), tensors.get("prior"), Settings(**kwargs))
+
+
+def stacked(tensors, **kwargs):
+    prior = tensors.get("prior")
+    return add_stacked(tensors["result"], tensors["x"], experts_of(tensors), prior, Settings(**kwargs))
+
+
+def experts_of(tensors):
+    names = ("A", "B", "router", "router_down", "omega_logit", "gate_logit")
+    return Experts(*(tensors.get(name) for name in names))
 
 
 def frozen_linear(d_in=16, d_out=20, bias=True, dtype=torch.float64):
@@ -142,7 +151,7 @@ def test_one_product_with_a_and_the_router_equals_the_formula(shape, layout, pri
         pytest.skip("the formula takes such a prior for x (B, T, D_in) only")
     tensors = draw(shape, layout=layout, r_a=3, prior=prior, router_rank=rank)
     settings = {"layout": layout, "top_k": top_k, **SCALES}
-    assert_equal(run(fused, tensors, add=add_stacked, **settings), run(reference, tensors, **settings))
+    assert_equal(run(stacked, tensors, **settings), run(reference, tensors, **settings))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -177,7 +186,7 @@ def test_a_base_layer_and_an_input_without_gradient():
 
 
 @pytest.mark.parametrize("shape", [(3, 1), (2, 83)], ids=str)
-@pytest.mark.parametrize("slow", [set(), peft_trex.fused.SHORT], ids=["in half precision", "without AVX-512"])
+@pytest.mark.parametrize("slow", [set(), peft_trex.fast.autograd.SHORT], ids=["in half precision", "without AVX-512"])
 @pytest.mark.parametrize(
     ("base", "adapter", "autocast"),
     [
@@ -192,7 +201,7 @@ def test_a_base_layer_and_an_input_without_gradient():
 )
 def test_a_base_layer_in_low_precision(base, adapter, autocast, slow, shape, monkeypatch):
     """Against float64: at most twice the formula's own error, in outputs and every gradient."""
-    monkeypatch.setattr(peft_trex.fused, "SLOW_ON_CPU", slow)
+    monkeypatch.setattr(peft_trex.fast.autograd, "SLOW_ON_CPU", slow)
     tensors = {name: tensor.detach().to(adapter) for name, tensor in draw(shape, 64, 48, 4, 8).items()}
     tensors = {**without("result", tensors), "x": tensors["x"].to(base)}
     layer = frozen_linear(64, 48, dtype=base)
@@ -380,7 +389,7 @@ def distance(found, truth):
 def test_low_precision_errs_no_more_than_the_formula_does(shape, mode, prior, products, monkeypatch):
     """Against float64: at most twice the formula's own error at that precision, in outputs and every gradient."""
     if products == "in half precision":
-        monkeypatch.setattr(peft_trex.fused, "SLOW_ON_CPU", set())
+        monkeypatch.setattr(peft_trex.fast.autograd, "SLOW_ON_CPU", set())
     short = torch.float16 if "fp16" in mode else torch.bfloat16
     tensors = {name: tensor.detach().float() for name, tensor in draw(shape, 64, 48, 4, 8, prior=prior).items()}
     if "all" in mode or "base" in mode:
@@ -492,29 +501,29 @@ def first_layer(model):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Which of the three ways layers went."""
+    """Which of the four ways layers went."""
     went = []
-    for name in ("add_mixture", "add_stacked", "rank_one_mixture"):
-        original = getattr(peft_trex.layer, name)
+    for name in ("decode", "add_fused", "add_stacked", "apply_experts"):
+        original = getattr(peft_trex.fast.dispatch, name)
 
         def call(*args, original=original, name=name, **kwargs):
             went.append(name)
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(peft_trex.layer, name, call)
+        monkeypatch.setattr(peft_trex.fast.dispatch, name, call)
     return went
 
 
 @pytest.mark.parametrize(
     ("settings", "way"),
     [
-        ({}, "add_mixture"),
-        ({"mixture_implementation": "reference"}, "rank_one_mixture"),
-        ({"use_router": False}, "rank_one_mixture"),
-        ({"use_prior": False}, "add_mixture"),
-        ({"router_rank": 3}, "add_mixture"),
-        ({"num_clusters": 5}, "add_mixture"),
-        ({"expert_layout": "paired", "r_a": 4, "r_b": 4}, "add_mixture"),
+        ({}, "add_fused"),
+        ({"mixture_implementation": "reference"}, "apply_experts"),
+        ({"use_router": False}, "apply_experts"),
+        ({"use_prior": False}, "add_fused"),
+        ({"router_rank": 3}, "add_fused"),
+        ({"num_clusters": 5}, "add_fused"),
+        ({"expert_layout": "paired", "r_a": 4, "r_b": 4}, "add_fused"),
     ],
     ids=str,
 )
@@ -529,7 +538,7 @@ def test_a_model_takes_the_way_it_should_and_both_agree(settings, way, calls):
     loss.backward()
     assert set(calls) == {way}
     twin(**batch).loss.backward()
-    assert calls[-1] == "rank_one_mixture"
+    assert calls[-1] == "apply_experts"
     torch.testing.assert_close(loss, twin(**batch).loss)
     for (name, parameter), other in zip(model.named_parameters(), twin.parameters(), strict=True):
         if parameter.requires_grad:
@@ -583,7 +592,7 @@ def test_the_formula_has_second_derivatives():
 def test_what_is_traced_is_the_formula_with_one_product(calls):
     model, x = small(), torch.randn(3, 64)
     expected = model(x)
-    assert calls == ["add_mixture"]
+    assert calls == ["add_fused"]
     traced = torch.jit.trace(model, (x,), check_trace=False)
     assert calls[-1] == "add_stacked"
     torch.testing.assert_close(traced(2 * x), model(2 * x))

@@ -5,6 +5,7 @@ import torch
 from conftest import CACHE, PAD, adapted, pad_to, prompts
 
 from peft_trex import TRexLayer
+from peft_trex.prior.inputs import Inputs
 
 LENGTHS = [9, 4, 6]
 
@@ -75,7 +76,7 @@ def test_prior_is_the_same_for_every_new_token(any_model):
     model = any_model
     inputs = _batch("left")
     tuner = model.base_model
-    expected = tuner.trex_prior["default"].score(tuner.prompts.scorer.embed(inputs)[0])
+    expected = tuner.trex_prior["default"].score(tuner.prompts.scorer.embed(Inputs.of(inputs))[0])
     seen = []
     layer = next(module for module in model.modules() if isinstance(module, TRexLayer))
     handle = layer.register_forward_pre_hook(
@@ -199,7 +200,7 @@ def test_a_failed_forward_leaves_no_prior_behind():
     with pytest.raises(Exception, match=r".*"):
         model.generate(input_ids=prompts(2), max_new_tokens=-1)
     running = model.base_model.prompts.channel.running
-    assert running.prior is None and running.owner is None and running.generation is None
+    assert running.state is None and running.owner is None and running.generation is None
     model(input_ids=prompts(3))
 
 

@@ -17,9 +17,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_trex import kernels
-from peft_trex.fused import MixSettings, add_mixture
-from peft_trex.mixture import mix_features
+from peft_trex.fast import gpu as kernels
+from peft_trex.fast.base import Base
+from peft_trex.fast.dispatch import add_mixture
+from peft_trex.mixture import Experts, Settings, mix_features
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 DEVICES = ["interpreter", *["cuda"] * torch.cuda.is_available()]
@@ -58,7 +59,8 @@ def _named(function, device):
 
 def _to(device, value):
     if isinstance(value, tuple):
-        return tuple(_to(device, part) for part in value)
+        parts = (_to(device, part) for part in value)
+        return value._make(parts) if hasattr(value, "_make") else tuple(parts)
     if isinstance(value, dict):
         return {name: _to(device, part) for name, part in value.items()}
     if not isinstance(value, torch.Tensor):
@@ -90,6 +92,13 @@ def draw(size, tokens, prior="one row", dtype=torch.float32, seed=0, spread=1.0)
     }
 
 
+def arguments(size, case, scales=SCALES):
+    """The kernels' positional arguments h, du, prior, experts and settings."""
+    layout, r_a, r_b = size
+    experts = Experts(torch.empty(r_a, 1), torch.empty(1, r_b), omega=case["omega_logit"], gate=case["gate_logit"])
+    return case["h"], case["du"], case["prior"], experts, Settings(layout=layout, **scales)
+
+
 def tokens_for(size, prior):
     """Some that fill more than two blocks, but not three, and can be split among three prompts."""
     layout, r_a, r_b = size
@@ -115,10 +124,9 @@ def reference(h, du, prior, omega_logit, gate_logit, size, dtype, scales=SCALES)
 
 def run(call, size, case, scales=SCALES):
     """What the kernels return, by name."""
-    settings = {"r_a": size[1], "layout": size[0], **scales}
-    h, du, *routing = case.values()
-    found = call(kernels.mix_backward, h, du, *routing, needs_prior=True, **settings)
-    found = dict(zip(NAMES, (call(kernels.mix, h, *routing, **settings), *found), strict=True))
+    h, du, *routing = arguments(size, case, scales)
+    found = call(kernels.mix_backward, h, du, *routing, needs_prior=True)
+    found = dict(zip(NAMES, (call(kernels.mix, h, *routing), *found), strict=True))
     if call.device != "interpreter" or h.dtype != torch.bfloat16:
         return found
     # The interpreter cuts off what GPUs round to bfloat16. So do the same in float32, and round that.
@@ -214,11 +222,10 @@ def test_slices_and_views(call, size):
 @pytest.mark.parametrize("prior", ["none", "one row", "a row a token"])
 @pytest.mark.parametrize("size", ["4 x 8", "5 pairs"])
 def test_no_tokens(call, size, prior):
-    h, du, *routing = draw(SIZES[size], 0, prior).values()
-    layout, r_a, r_b = SIZES[size]
-    settings = {"r_a": r_a, "layout": layout, **SCALES}
-    assert call(kernels.mix, h, *routing, **settings).shape == (0, r_b)
-    u, dh, *found = call(kernels.mix_backward, h, du, *routing, needs_prior=True, **settings)
+    h, du, *routing = arguments(SIZES[size], draw(SIZES[size], 0, prior))
+    r_b = SIZES[size][2]
+    assert call(kernels.mix, h, *routing).shape == (0, r_b)
+    u, dh, *found = call(kernels.mix_backward, h, du, *routing, needs_prior=True)
     assert u.shape == (0, r_b) and dh.shape == h.shape
     wanted = [torch.zeros(1), torch.zeros(1), None if prior == "none" else torch.zeros(routing[0].shape)]
     for one, other in zip(found, wanted, strict=True):
@@ -228,24 +235,23 @@ def test_no_tokens(call, size, prior):
 @needs_triton
 @pytest.mark.parametrize("prior", PRIORS)
 def test_the_priors_gradient_is_left_out_unless_asked_for(call, prior):
-    h, du, *routing = draw(SIZES["4 x 8"], 9, prior).values()
-    settings = {"r_a": 4, "layout": "grid", **SCALES}
-    *found, none = call(kernels.mix_backward, h, du, *routing, needs_prior=False, **settings)
-    *wanted, _ = call(kernels.mix_backward, h, du, *routing, needs_prior=True, **settings)
+    h, du, *routing = arguments(SIZES["4 x 8"], draw(SIZES["4 x 8"], 9, prior))
+    *found, none = call(kernels.mix_backward, h, du, *routing, needs_prior=False)
+    *wanted, _ = call(kernels.mix_backward, h, du, *routing, needs_prior=True)
     assert none is None
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
 
 
 def with_base(leaves, mix_settings):
     """The fast path on an output `base`, or on a frozen layer with the weight `base.T`, which is computed along."""
+    x, base = leaves["x"], Base(leaves["x"], None, leaves["base"])
     if leaves["base"].dim() == 2:
         layer = torch.nn.Linear(*leaves["base"].shape, bias=False).requires_grad_(False)
-        layer.weight.data = leaves["base"].detach().T.contiguous()
-        leaves["base"] = layer
-    output = add_mixture(**{"prior": None, "router_down": None, **leaves}, settings=mix_settings)
-    if not isinstance(leaves["base"], torch.Tensor):
-        del leaves["base"]
-    return output
+        layer.weight.data = leaves.pop("base").detach().T.contiguous()
+        base = Base(x, layer)
+    names = ("A", "B", "router", "router_down", "omega_logit", "gate_logit")
+    experts = Experts(*(leaves.get(name) for name in names))
+    return add_mixture(base, x, experts, leaves.get("prior"), mix_settings)
 
 
 def fast_path(tensors, outgoing, autocast, mix_settings):
@@ -292,7 +298,7 @@ def test_the_fast_path_with_them_is_the_one_without(call, base, size, top_k, pri
     tensors |= {"router_down": normal(rank, 16)} if rank else {}
     tensors |= {} if prior == "none" else {"prior": normal(*rows[prior])}
     outgoing = normal(3, 7, 20)
-    mix_settings = MixSettings(r_a, layout=layout, top_k=top_k, **SCALES)
+    mix_settings = Settings(layout=layout, top_k=top_k, **SCALES)
     *found, calls = call(fast_path, tensors, outgoing, autocast, mix_settings)
     assert calls == ["mix", "mix_backward"]
     leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
@@ -305,18 +311,18 @@ def test_the_fast_path_with_them_is_the_one_without(call, base, size, top_k, pri
         torch.testing.assert_close(one, other, rtol=0, atol=tolerance * size_of_it, check_dtype=False, msg=name)
 
 
-def mix_far_apart(h, du, *routing, stride, **settings):
+def mix_far_apart(h, du, *routing, stride):
     """The mix and its gradient when h's rows lie `stride` elements apart. What is between them is never touched."""
     rows = h.new_empty((h.shape[0] - 1) * stride + h.shape[1]).as_strided(h.shape, (stride, 1))
     rows.copy_(h)
-    found = kernels.mix_backward(rows, du, *routing, needs_prior=False, **settings)
-    return kernels.mix(rows, *routing, **settings), found[1]
+    found = kernels.mix_backward(rows, du, *routing, needs_prior=False)
+    return kernels.mix(rows, *routing), found[1]
 
 
 @needs_triton
 def test_offsets_beyond_32_bits(call):  # comes after the others, for a wrong address ends the process
-    case = draw(SIZES["4 x 8"], 3, dtype=torch.float16).values()
-    near, far = (call(mix_far_apart, *case, stride=stride, r_a=4, layout="grid", **SCALES) for stride in (36, 2**30))
+    case = arguments(SIZES["4 x 8"], draw(SIZES["4 x 8"], 3, dtype=torch.float16))
+    near, far = (call(mix_far_apart, *case, stride=stride) for stride in (36, 2**30))
     torch.testing.assert_close(near, far)
 
 
@@ -391,7 +397,7 @@ def test_what_the_kernels_are_available_for(monkeypatch):
 
 def test_the_module_imports_without_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    spec = importlib.util.spec_from_file_location("peft_trex.kernels_alone", kernels.__file__)
+    spec = importlib.util.spec_from_file_location("peft_trex.fast.gpu_alone", kernels.__file__)
     alone = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(alone)
     assert not alone.available(SimpleNamespace(is_cuda=True, dtype=torch.float32))

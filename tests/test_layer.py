@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_trex import TRexConfig, TRexLayer, initialize_trex_prior, rank_one_mixture
 from peft_trex.mixture import num_experts
-from peft_trex.prompts import PromptWatch
+from peft_trex.prior.hooks import PromptWatch
 
 UNFITTED = "ignore:The semantic prior:UserWarning"
 

@@ -24,8 +24,9 @@ from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from peft_trex import TRexConfig, TRexLayer, calibrate_trex_merge, initialize_trex_prior, merging
-from peft_trex.merging import RIDGE, Moments
+from peft_trex import TRexConfig, TRexLayer, calibrate_trex_merge, initialize_trex_prior
+from peft_trex.deploy import calibration as merging
+from peft_trex.deploy.moments import RIDGE, Moments
 
 CLUSTERS = 4
 VARIANTS = {
@@ -233,10 +234,10 @@ def test_an_encoders_padding_is_not_the_decoders(given_as):
 
 
 def test_moments_do_not_grow_with_the_data_and_groups_change_nothing(monkeypatch):
-    shapes, solve = [], merging._fit
+    shapes, solve = [], merging._solve
     monkeypatch.setattr(
         merging,
-        "_fit",
+        "_solve",
         lambda name, layer, adapter, moments, fit: (
             shapes.append((name, *(tuple(part.shape) for part in (moments.zz, moments.mz, moments.mm))))
             or solve(name, layer, adapter, moments, fit)

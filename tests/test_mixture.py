@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from peft_trex.mixture import (
+    Experts,
+    Settings,
     expert_weights,
     keep_strongest,
     mean_core,
@@ -216,6 +218,10 @@ def test_low_precision_routes_in_float32(dtype):
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 33), rtol=0, atol=1e-6)  # a softmax in dtype would not
 
 
+def _experts(case):
+    return Experts(case["A"], case["B"], case["router"], omega=case["omega_logit"], gate=case["gate_logit"])
+
+
 def _static_output(case, core):
     """What a static core makes of the case's input."""
     gate = torch.sigmoid(100 * case["gate_logit"])
@@ -227,14 +233,14 @@ def test_mean_core_is_exact_without_a_router(layout):
     case = _random_case(layout, 3, 3, rows=1)
     case["router"] = None
     settings = {"token_scale": 9.0, "prior_scale": 4.0, "temperature": 100.0, "layout": layout}
-    core = mean_core(3, 3, case["prior"][0], case["omega_logit"], use_router=False, **settings)
+    core = mean_core(_experts(case), case["prior"][0], Settings(**settings))
     torch.testing.assert_close(_static_output(case, core), rank_one_mixture(**case, **settings))
 
 
 def test_mean_core_takes_a_uniform_router():
     case = _random_case("grid", 2, 3, rows=1)
     case["router"] = torch.zeros_like(case["router"])
-    core = mean_core(2, 3, case["prior"][0], case["omega_logit"], token_scale=6.0)
+    core = mean_core(_experts(case), case["prior"][0], Settings(token_scale=6.0))
     torch.testing.assert_close(_static_output(case, core), rank_one_mixture(**case, token_scale=6.0))
 
 

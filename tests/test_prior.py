@@ -12,8 +12,10 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_trex import TRexConfig, TRexPriorReport, initialize_trex_prior
-from peft_trex.prior import ForwardPrior, PriorChannel, SemanticPrior
-from peft_trex.spans import find_prompts
+from peft_trex.prior.channel import PriorChannel
+from peft_trex.prior.prompts import find_prompts
+from peft_trex.prior.semantic_prior import SemanticPrior
+from peft_trex.prior.state import ForwardState
 
 
 def _prior(model, adapter_name="default"):
@@ -221,7 +223,7 @@ def test_packed_rows_with_padding_on_the_left():
 def test_a_layer_finds_its_rows_of_a_packed_prior():
     scores = torch.randn(2, 3, 4)
     channel = PriorChannel(torch.nn.ModuleDict())
-    with_prior = partial(channel.run, ForwardPrior({"a": scores}, 2, frozenset({3})), channel.scores, "a")
+    with_prior = partial(channel.run, ForwardState({"a": scores}, 2, frozenset({3})), channel.scores, "a")
     assert with_prior(torch.zeros(2, 3, 5)).equal(scores)
     assert with_prior(torch.zeros(6, 5)).equal(scores.reshape(6, 4))
     for shape in ((2, 5), (3, 5), (2, 1, 5), (3, 2, 5), (2, 3, 1, 5)):

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from peft_trex import TRexConfig, TRexLayer, initialize_trex_prior
+from peft_trex.prior.inputs import Inputs
 
 SETTINGS = {"r_a": 2, "r_b": 3, "num_clusters": 4, "task_type": "CAUSAL_LM"}
 
@@ -162,9 +163,10 @@ def test_noise_on_the_embedding_does_not_reach_the_prior():
     model = adapted().train()
     tuner = model.base_model
     embedding = tuner.input_embedding()
-    clean = tuner.prompts.scorer.embed({"input_ids": prompts(3)})[0]
+    inputs = Inputs.of({"input_ids": prompts(3)})
+    clean = tuner.prompts.scorer.embed(inputs)[0]
     embedding.register_forward_hook(lambda m, args, out: out + torch.randn_like(out) if m.training else out)
-    torch.testing.assert_close(tuner.prompts.scorer.embed({"input_ids": prompts(3)})[0], clean, rtol=0, atol=0)
+    torch.testing.assert_close(tuner.prompts.scorer.embed(inputs)[0], clean, rtol=0, atol=0)
     assert embedding.training
 
 
@@ -209,7 +211,7 @@ def test_generate_goes_on_from_what_the_prompt_left():
 )
 def test_inputs_in_which_no_prompt_can_be_found(inputs, error, message):
     with pytest.raises(error, match=message):
-        adapted().base_model.prompts.scorer.embed(inputs)
+        adapted().base_model.prompts.scorer.embed(Inputs.of(inputs))
 
 
 def test_one_prompt_many_times_is_nothing_to_cluster():

@@ -29,11 +29,12 @@ from peft_trex import (
     TRexConfig,
     TRexLayer,
     TRexRoutingCallback,
-    callbacks,
     initialize_trex_prior,
     routing_report,
 )
-from peft_trex.routing import look
+from peft_trex.analysis import callback
+from peft_trex.analysis.routing import routing_parts
+from peft_trex.fast.base import Base
 
 VARIANTS = {
     "grid": {},
@@ -75,7 +76,7 @@ def _measure(model, data):
             def without(parameter, *where):
                 before = parameter.clone()
                 parameter[where] = 0
-                change = output - layer._add_adapter("default", base, x)
+                change = output - layer._add_adapter("default", Base(x, None, base))
                 parameter.copy_(before)
                 return change[kept].square().sum(-1)
 
@@ -506,8 +507,13 @@ def _logged(trainer):
 
 @pytest.mark.parametrize("settings", [{}, CHECKPOINTED, {"gradient_accumulation_steps": 2}])
 def test_a_trainer_logs_the_routing(tmp_path, settings, monkeypatch):
-    looked = []
-    monkeypatch.setattr(callbacks, "look", lambda layer, *rest: looked.append(layer) or look(layer, *rest))
+    watched = []
+
+    def recorded(layer, *rest):
+        watched.append(layer)
+        return routing_parts(layer, *rest)
+
+    monkeypatch.setattr(callback, "routing_parts", recorded)
     trainer = _trainer(tmp_path, adapted(), **settings)
     trainer.add_callback(TRexRoutingCallback(trainer, every=6))
     trainer.train()
@@ -516,7 +522,7 @@ def test_a_trainer_logs_the_routing(tmp_path, settings, monkeypatch):
     assert all(set(logged[step]) == FROM_PARAMETERS | FROM_A_FORWARD for step in (2, 8))
     assert all(set(logged[step]) == FROM_PARAMETERS for step in (4, 6, 10, 12))
     # each layer in one forward of each of the two steps, not in those that are accumulated, nor run again
-    assert len(looked) == 2 * len(set(looked)) == 2 * len(_layers(trainer.model))
+    assert len(watched) == 2 * len(set(watched)) == 2 * len(_layers(trainer.model))
     assert not any(module._forward_pre_hooks for module in _layers(trainer.model).values())
 
 

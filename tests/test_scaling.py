@@ -17,9 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import peft_trex.sampling
-from peft_trex.fitting import _read
-from peft_trex.sampling import Ranks, Reservoir
+import peft_trex.fit.ranks
+from peft_trex.fit.fitting import Progress, _read
+from peft_trex.fit.ranks import Ranks
+from peft_trex.fit.reservoir import Reservoir
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -147,7 +148,7 @@ def _meet(batches):
 
 
 def test_what_is_said_at_a_meeting_is_small():
-    assert len(pickle.dumps((10**9, False, 10**12, None))) + 8 < 200
+    assert len(pickle.dumps(Progress(10**9, False, 10**12, None))) + 8 < 200
 
 
 def test_bytes_of_the_sample(monkeypatch):
@@ -156,7 +157,7 @@ def test_bytes_of_the_sample(monkeypatch):
     monkeypatch.setattr(scaling, "SAMPLE_PER_CLUSTER", 1)
     assert scaling.capacity(width) == 400
     sent = []
-    monkeypatch.setattr(peft_trex.sampling.dist, "send", lambda tensor, *_: sent.append(tensor.nbytes))
+    monkeypatch.setattr(peft_trex.fit.ranks.dist, "send", lambda tensor, *_: sent.append(tensor.nbytes))
     for rank in range(1, size):
         group, reservoir = Ranks(), Reservoir(400, width, (0, rank))
         group.size, group.rank = size, rank

@@ -18,7 +18,8 @@ from safetensors.torch import save_file as save_torch_file
 from test_registration import PYTHONS
 
 from peft_trex import calibrate_trex_merge, initialize_trex_prior, save_trex_as_lora
-from peft_trex.semantic_router import Route, SemanticRouter
+from peft_trex.lora.semantic_router import Route, SemanticRouter
+from peft_trex.prior.inputs import Inputs
 
 DIM = 5
 
@@ -82,8 +83,8 @@ def model_route(model, **inputs):
     """The routes of a model's own scores for what its forward gets."""
     tuner = model.base_model
     embeds = inputs.pop("semantic_embeds", None)
-    rows = len(inputs["input_ids"])
-    return [chosen(row) for row in tuner.prompts.scorer.score(inputs, embeds, ["default"], rows).scores["default"]]
+    state = tuner.prompts.scorer.score(Inputs.of(inputs), embeds, ["default"])
+    return [chosen(row) for row in state.scores["default"]]
 
 
 def random_prompts(count, seed=0):

@@ -215,6 +215,7 @@ def test_accelerates_mixed_precision(fresh_accelerate):
     assert seen[0].dtype == torch.float32  # a prior is not rounded, whatever the layers compute in
 
 
+@pytest.mark.filterwarnings("ignore:The semantic prior of the adapter 'default' is not fitted")
 @pytest.mark.parametrize("upcast", [True, False])
 def test_adapters_on_a_bfloat16_base(tmp_path, upcast):
     torch.manual_seed(0)

@@ -5,21 +5,21 @@ know `TRexConfig` and the adapters saved with it.
 """
 
 from . import registration
-from .callbacks import TRexRoutingCallback
-from .clustering import TRexPriorReport
+from .analysis.callback import TRexRoutingCallback
+from .analysis.routing import LayerRouting, RoutingReport, routing_report
 from .config import TRexConfig
-from .embeddings import SemanticEmbedsCollator, embed_prompts
-from .export import save_trex_as_lora
-from .fitting import TRexPriorCallback, initialize_trex_prior
-from .from_lora import TRexFromLoraReport, trex_from_lora
+from .deploy.calibration import TRexMergeReport, calibrate_trex_merge
+from .deploy.pruning import PruningPoint, TRexPruneReport, prune_trex, pruning_curve
+from .fit.clustering import TRexPriorReport
+from .fit.external import SemanticEmbedsCollator, embed_prompts
+from .fit.fitting import TRexPriorCallback, initialize_trex_prior
 from .layer import TRexLayer
-from .merging import TRexMergeReport, calibrate_trex_merge
+from .lora.export import save_trex_as_lora
+from .lora.from_lora import TRexFromLoraReport, trex_from_lora
+from .lora.semantic_router import SemanticRouter
 from .mixture import rank_one_mixture
 from .model import TRexModel
-from .pruning import PruningPoint, TRexPruneReport, prune_trex, pruning_curve
-from .routing import LayerRouting, RoutingReport, routing_report
-from .semantic_router import SemanticRouter
-from .steering import steer_trex
+from .steer import steer_trex
 
 __version__ = "0.1.0"
 

@@ -1,15 +1,31 @@
-"""The mixture of rank-one experts as pure functions on tensors: the readable reference of the method.
+"""The paper on one page (T-REX, arXiv 2404.08985): a mixture of rank-one experts, as pure functions on tensors.
 
-Axis legend: T tokens (any leading axes), D_in and D_out the layer's widths, r_a input vectors, r_b output vectors,
-E experts (r_a * r_b in the grid layout, r_a = r_b in the paired one), K clusters, B prompts of a batch, Q the rank
-of a reduced router.
+The adapter adds y to the frozen layer's output `W0 x`:
 
-Source: T-REX, arXiv 2404.08985.
+    a     = A x                                                         (T, r_a)
+    G     = omega c_token softmax(R x) + (1 - omega) c_prior prior      (T, E)
+    y     = gate B (a G)                                                (T, D_out)
+    omega = sigmoid(temperature w),  gate = sigmoid(temperature g)
+
+`r_a` input vectors and `r_b` output vectors make `E = r_a r_b` experts. The expert (i, j) is the rank-one matrix
+`b_j a_i^T`, and stands at i * r_b + j. With 4 x 8 vectors the grid is:
+
+    rows of A                     columns of B (output vectors)
+    (input vectors)     b_0   b_1   b_2   b_3   b_4   b_5   b_6   b_7
+               a_0        0     1     2     3     4     5     6     7
+               a_1        8     9    10    11    12    13    14    15
+               a_2       16    17    18    19    20    21    22    23
+               a_3       24    25    26    27    28    29    30    31
+
+In the paired layout, the paper's first version, r_a = r_b = E and the expert i is `b_i a_i^T`.
+
+Axis legend: T tokens (any leading axes), D_in and D_out the layer's widths, E experts, B prompts of a batch, Q the
+rank of a reduced router.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,14 +34,73 @@ from torch.nn import functional as F
 Layout = Literal["grid", "paired"]
 
 
+class Experts(NamedTuple):
+    """The tensors of one adapter in one layer; [`rank_one_mixture`] explains them."""
+
+    A: Tensor  # (r_a, D_in)
+    B: Tensor  # (D_out, r_b)
+    router: Tensor | None = None  # (E, D_in), or (E, Q)
+    router_down: Tensor | None = None  # (Q, D_in)
+    omega: Tensor | None = None  # (1,), the logit w
+    gate: Tensor | None = None  # (1,), the logit g
+
+
+class Settings(NamedTuple):
+    """The mixture's constants; [`rank_one_mixture`] explains them."""
+
+    token_scale: float
+    prior_scale: float = 4.0
+    temperature: float = 100.0
+    layout: Layout = "grid"
+    top_k: int | None = None
+
+
 def num_experts(r_a: int, r_b: int, layout: Layout = "grid") -> int:
-    """Number of rank-one experts E that `r_a` input and `r_b` output vectors make."""
+    """Number of experts E that `r_a` input and `r_b` output vectors make."""
     return r_a * r_b if layout == "grid" else r_a
 
 
 def router_logits(x: Tensor, router: Tensor, router_down: Tensor | None = None) -> Tensor:
-    """What the token router says of every expert, `z = R x` (..., E); arguments as in [`rank_one_mixture`]."""
+    """The token router's logits `R x` (..., E) of an input x (..., D_in)."""
     return F.linear(x if router_down is None else F.linear(x, router_down), router)
+
+
+def keep_strongest(logits: Tensor, top_k: int, dim: int = -1) -> Tensor:
+    """The logits, with all but the `top_k` largest along `dim` at minus infinity; of equal ones the first are kept."""
+    if not 1 <= top_k <= logits.shape[dim]:
+        raise ValueError(f"top_k={top_k} must be at least 1 and at most the number of experts, {logits.shape[dim]}.")
+    order = logits.argsort(stable=True, dim=dim, descending=True)
+    dropped = order.narrow(dim, top_k, logits.shape[dim] - top_k)
+    return logits.scatter(dim, dropped, -torch.inf)
+
+
+def weigh_experts(
+    a: Tensor, logits: Tensor | None, prior: Tensor | None, omega: Tensor | None, settings: Settings
+) -> Tensor:
+    """Weight of every expert for every token, G (..., E), in float32 or wider.
+
+    Args:
+        a: (..., D), of which only the dtype and the number of axes matter.
+        logits: (..., E), from [`router_logits`]; None without a router. G then has the prior's leading axes.
+        prior, omega, settings: as in [`rank_one_mixture`].
+    """
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    share = None if omega is None else torch.sigmoid(settings.temperature * omega.to(dtype))  # (1,)
+    G: Tensor | None = None
+    if logits is not None:
+        if settings.top_k is not None:
+            logits = keep_strongest(logits, settings.top_k)
+        token = torch.softmax(logits, dim=-1, dtype=dtype)
+        G = settings.token_scale * token if share is None else share * settings.token_scale * token
+    if prior is not None:
+        if prior.dim() == 2:  # one row for all tokens of a prompt
+            prior = prior.reshape(prior.shape[0], *[1] * (a.dim() - 2), prior.shape[1])
+        by_prior = settings.prior_scale * prior.to(dtype)
+        by_prior = by_prior if share is None else (1 - share) * by_prior
+        G = by_prior if G is None else G + by_prior
+    if G is None:
+        raise ValueError("A mixture needs a `router`, a `prior`, or both; got neither.")
+    return G
 
 
 def expert_weights(
@@ -33,36 +108,36 @@ def expert_weights(
     logits: Tensor | None = None,
     prior: Tensor | None = None,
     omega_logit: Tensor | None = None,
-    *,
-    token_scale: float,
-    prior_scale: float = 4.0,
-    temperature: float = 100.0,
-    top_k: int | None = None,
+    **settings: Any,
 ) -> Tensor:
-    """Weight of every expert for every token: `G = omega c_token softmax(z) + (1 - omega) c_prior prior`.
+    """[`weigh_experts`] with the fields of [`Settings`] as keywords."""
+    return weigh_experts(x, logits, prior, omega_logit, Settings(**settings))
 
-    `logits` (..., E) are [`router_logits`], None without a router; of `x` only dtype and number of axes matter. The
-    other arguments are as in [`rank_one_mixture`]. Returns (..., E), in float32 or wider (x's dtype if that is
-    float64). The leading axes are those of `x` with a router; without one they are the prior's, ready to broadcast
-    against `x`.
-    """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    omega = None if omega_logit is None else torch.sigmoid(temperature * omega_logit.to(dtype))  # (1,)
-    G: Tensor | None = None
-    if logits is not None:
-        if top_k is not None:
-            logits = keep_strongest(logits, top_k)
-        token = torch.softmax(logits, dim=-1, dtype=dtype)
-        G = token_scale * token if omega is None else omega * token_scale * token
-    if prior is not None:
-        if prior.dim() == 2:  # one row a prompt holds for all of its tokens
-            prior = prior.reshape(prior.shape[0], *[1] * (x.dim() - 2), prior.shape[1])
-        known = prior_scale * prior.to(dtype)
-        known = known if omega is None else (1 - omega) * known
-        G = known if G is None else G + known
-    if G is None:
-        raise ValueError("A mixture needs a `router`, a `prior`, or both; got neither.")
-    return G
+
+def mix_features(a: Tensor, G: Tensor, layout: Layout = "grid") -> Tensor:
+    """The mixed features `m = a G` (..., r_b) from a (..., r_a) and the experts' weights G (..., E)."""
+    if layout == "paired":
+        return a * G
+    r_a = a.shape[-1]
+    return (a.unsqueeze(-1) * G.unflatten(-1, (r_a, G.shape[-1] // r_a))).sum(-2)
+
+
+def mixture_of(a: Tensor, logits: Tensor | None, experts: Experts, prior: Tensor | None, settings: Settings) -> Tensor:
+    """The adapter's output (..., D_out) from two products with x: the features (..., r_a) and the logits (..., E)."""
+    G = weigh_experts(a, logits, prior, experts.omega, settings)
+    mixed = mix_features(a, G, settings.layout)
+    # The gate is a scalar, and r_b features are fewer than D_out outputs.
+    if experts.gate is not None:
+        mixed = torch.sigmoid(settings.temperature * experts.gate.to(mixed.dtype)) * mixed
+    return F.linear(mixed.to(a.dtype), experts.B)
+
+
+def apply_experts(x: Tensor, experts: Experts, prior: Tensor | None, settings: Settings) -> Tensor:
+    """The output (..., D_out) of one adapter for x (..., D_in): [`rank_one_mixture`] with its arguments grouped."""
+    _check_shapes(x, experts, prior, settings.layout)
+    a = F.linear(x, experts.A)
+    logits = None if experts.router is None else router_logits(x, experts.router, experts.router_down)
+    return mixture_of(a, logits, experts, prior, settings)
 
 
 def rank_one_mixture(
@@ -81,7 +156,7 @@ def rank_one_mixture(
     layout: Layout = "grid",
     top_k: int | None = None,
 ) -> Tensor:
-    """Output of one T-REX adapter, `gate * B (a G)` with `a = A x`; the base layer's output is not included.
+    """Output of one T-REX adapter, `gate B (a G)` with `a = A x`; the base layer's output is not included.
 
     Args:
         x: (..., D_in), the layer's input.
@@ -93,15 +168,15 @@ def rank_one_mixture(
         omega_logit: one element; omega = sigmoid(temperature * omega_logit) shares the weight between token (omega)
             and prior (1 - omega). None leaves the factor out of both.
         gate_logit: one element; gate = sigmoid(temperature * gate_logit) scales the output. None leaves it out.
-        router_down: (Q, D_in), the lower factor of a reduced router, of which `router` is then the upper one, (E, Q);
+        router_down: (Q, D_in), the lower factor of a reduced router, whose upper factor (E, Q) is then `router`;
             R is their product (ours, not the paper's).
         token_scale: c_token of the paper; the number of experts makes the mean expert's weight 1.
         prior_scale: c_prior of the paper.
         temperature: of both sigmoids.
-        layout: "grid": expert (i, j) is b_j a_i^T and stands at i * r_b + j. "paired" (the paper's first version):
-            r_a = r_b = E and expert i is b_i a_i^T.
-        top_k: the token router's softmax is over the `top_k` experts of the largest logits alone; the others get
-            nothing of its part (the authors' code names it and raises). None takes all. The prior's part stays whole.
+        layout: "grid", where the expert (i, j) is b_j a_i^T and stands at i * r_b + j; or "paired", where
+            r_a = r_b = E and the expert i is b_i a_i^T.
+        top_k: takes the router's softmax over the `top_k` largest logits alone; the other experts get the prior's
+            part only. None takes all.
 
     Returns:
         (..., D_out) in the dtype of the last product. Softmax, weights and mix are computed in float32 or wider.
@@ -109,112 +184,27 @@ def rank_one_mixture(
     Raises:
         ValueError: for shapes that do not fit each other, an unknown layout, or neither router nor prior.
     """
-    _check_shapes(x, A, B, router, router_down, prior, layout)
-    a = F.linear(x, A)  # (..., r_a)
-    logits = None if router is None else router_logits(x, router, router_down)  # (..., E)
-    return mixture_of(
-        a,
-        logits,
-        B,
-        prior,
-        omega_logit,
-        gate_logit,
-        token_scale=token_scale,
-        prior_scale=prior_scale,
-        temperature=temperature,
-        layout=layout,
-        top_k=top_k,
-    )
+    experts = Experts(A, B, router, router_down, omega_logit, gate_logit)
+    return apply_experts(x, experts, prior, Settings(token_scale, prior_scale, temperature, layout, top_k))
 
 
-def mixture_of(
-    a: Tensor,
-    logits: Tensor | None,
-    B: Tensor,
-    prior: Tensor | None,
-    omega_logit: Tensor | None,
-    gate_logit: Tensor | None,
-    *,
-    token_scale: float,
-    prior_scale: float = 4.0,
-    temperature: float = 100.0,
-    layout: Layout = "grid",
-    top_k: int | None = None,
-) -> Tensor:
-    """What [`rank_one_mixture`] makes of its products with x, the features a (..., r_a) and the logits (..., E)."""
-    G = expert_weights(
-        a,
-        logits,
-        prior,
-        omega_logit,
-        token_scale=token_scale,
-        prior_scale=prior_scale,
-        temperature=temperature,
-        top_k=top_k,
-    )  # (..., E)
-    mixed = mix_features(a, G, layout)  # (..., r_b)
-    if gate_logit is not None:  # a scalar: on r_b features it costs less than on D_out
-        mixed = torch.sigmoid(temperature * gate_logit.to(mixed.dtype)) * mixed
-    return F.linear(mixed.to(a.dtype), B)  # (..., D_out)
-
-
-def keep_strongest(logits: Tensor, top_k: int, dim: int = -1) -> Tensor:
-    """The logits, with all but the `top_k` largest along `dim` at minus infinity; of equal ones the first are kept."""
-    if not 1 <= top_k <= logits.shape[dim]:
-        raise ValueError(f"top_k={top_k} must be at least 1 and at most the number of experts, {logits.shape[dim]}.")
-    order = logits.argsort(stable=True, dim=dim, descending=True)
-    dropped = order.narrow(dim, top_k, logits.shape[dim] - top_k)
-    return logits.scatter(dim, dropped, -torch.inf)
-
-
-def mix_features(a: Tensor, G: Tensor, layout: Layout = "grid") -> Tensor:
-    """What B is applied to, `m = a G` (..., r_b), from a (..., r_a) and the experts' weights G (..., E)."""
-    if layout == "paired":
-        return a * G  # r_a = r_b = E
-    r_a = a.shape[-1]
-    return (a.unsqueeze(-1) * G.unflatten(-1, (r_a, G.shape[-1] // r_a))).sum(-2)
-
-
-def mean_core(
-    r_a: int,
-    r_b: int,
-    mean_prior: Tensor | None = None,
-    omega_logit: Tensor | None = None,
-    *,
-    use_router: bool = True,
-    token_scale: float,
-    prior_scale: float = 4.0,
-    temperature: float = 100.0,
-    layout: Layout = "grid",
-) -> Tensor:
+def mean_core(experts: Experts, mean_prior: Tensor | None, settings: Settings) -> Tensor:
     """The static core C (r_b, r_a) of the mixture's mean routing, with which `m = C a`.
 
-    The token router is taken as uniform (1 / E for every expert), the prior at `mean_prior` (E,). Exact when there is
-    no router and the prior is that one, an approximation otherwise. Arguments as in [`rank_one_mixture`].
+    The token router counts as uniform (1 / E for every expert), the prior as `mean_prior` (E,), None as zero. This is
+    exact without a router and with that prior, and an approximation otherwise.
     """
-    experts = num_experts(r_a, r_b, layout)
-    like = next((tensor for tensor in (omega_logit, mean_prior) if tensor is not None), torch.empty(0))
-    G = expert_weights(
-        like.new_zeros(1, 1),
-        like.new_zeros(1, experts) if use_router else None,  # equal logits, whatever the input
-        like.new_zeros(1, experts) if mean_prior is None else mean_prior.reshape(1, experts),
-        omega_logit,
-        token_scale=token_scale,
-        prior_scale=prior_scale,
-        temperature=temperature,
-    ).reshape(experts)
-    return G.unflatten(0, (r_a, r_b)).T if layout == "grid" else torch.diag(G)
+    r_a, r_b = experts.A.shape[0], experts.B.shape[1]
+    zeros = experts.A.new_zeros(1, num_experts(r_a, r_b, settings.layout))
+    # Equal logits stand for a uniform router.
+    logits = None if experts.router is None else zeros
+    prior = zeros if mean_prior is None else mean_prior.reshape(zeros.shape)
+    G = weigh_experts(experts.A, logits, prior, experts.omega, settings._replace(top_k=None))[0]
+    return G.unflatten(0, (r_a, r_b)).T if settings.layout == "grid" else torch.diag(G)
 
 
-def _check_shapes(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    router: Tensor | None,
-    router_down: Tensor | None,
-    prior: Tensor | None,
-    layout: str,
-) -> None:
+def _check_shapes(x: Tensor, experts: Experts, prior: Tensor | None, layout: Layout) -> None:
+    A, B, router, down, *_ = experts
     if layout not in ("grid", "paired"):
         raise ValueError(f"layout={layout!r} is unknown; use 'grid' or 'paired'.")
     if A.dim() != 2 or A.shape[1] != x.shape[-1]:
@@ -224,26 +214,19 @@ def _check_shapes(
     r_a, r_b = A.shape[0], B.shape[1]
     if layout == "paired" and r_a != r_b:
         raise ValueError(f"The paired layout needs as many rows in A as columns in B; got {r_a} and {r_b}.")
-    experts = num_experts(r_a, r_b, layout)  # type: ignore[arg-type]
-    if router_down is not None and (router is None or router_down.dim() != 2 or router_down.shape[1] != x.shape[-1]):
+    if down is not None and (router is None or down.dim() != 2 or down.shape[1] != x.shape[-1]):
         raise ValueError(
-            f"router_down has shape {tuple(router_down.shape)}; expected (Q, D_in) with D_in = {x.shape[-1]}, and a "
-            "router (E, Q) with it."
+            f"router_down has shape {tuple(down.shape)}; expected (Q, D_in) with D_in = {x.shape[-1]}, and a router "
+            "(E, Q) with it."
         )
-    width = x.shape[-1] if router_down is None else router_down.shape[0]
-    if router is not None and tuple(router.shape) != (experts, width):
-        raise ValueError(
-            f"router has shape {tuple(router.shape)}; expected (E, {'D_in' if router_down is None else 'Q'}) = "
-            f"{(experts, width)}."
-        )
+    E = num_experts(r_a, r_b, layout)
+    name, width = ("D_in", x.shape[-1]) if down is None else ("Q", down.shape[0])
+    if router is not None and tuple(router.shape) != (E, width):
+        raise ValueError(f"router has shape {tuple(router.shape)}; expected (E, {name}) = {(E, width)}.")
     if prior is None:
         return
-    if prior.shape[-1] != experts or prior.dim() > x.dim() or (prior.dim() != 2 and (prior.dim(), x.dim()) != (3, 3)):
-        raise ValueError(
-            f"prior has shape {tuple(prior.shape)} for x of shape {tuple(x.shape)}; expected (B, E) or (B, T, E) "
-            f"with E = {experts}."
-        )
-    if any(found not in (1, wanted) for found, wanted in zip(prior.shape[:-1], x.shape[:-1], strict=False)):
-        raise ValueError(
-            f"prior has shape {tuple(prior.shape)}, x {tuple(x.shape)}: its leading axes must be x's, or 1."
-        )
+    shapes = f"prior has shape {tuple(prior.shape)} for x of shape {tuple(x.shape)}"
+    if prior.shape[-1] != E or prior.dim() > x.dim() or (prior.dim() != 2 and (prior.dim(), x.dim()) != (3, 3)):
+        raise ValueError(f"{shapes}; expected (B, E) or (B, T, E) with E = {E}.")
+    if any(size not in (1, expected) for size, expected in zip(prior.shape[:-1], x.shape[:-1], strict=False)):
+        raise ValueError(f"{shapes}; its leading axes must be those of x, or 1.")

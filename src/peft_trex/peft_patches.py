@@ -1,7 +1,7 @@
-"""Methods of PEFT's model class that are replaced at import, because PEFT has no place to plug these in.
+"""All of PEFT that is replaced at import: methods of `peft.PeftModel`, because PEFT has no place to plug these in.
 
-Models without a T-REX adapter see no change. A method that the installed releases do not have is left out; its
-replacement says what is lost then. Importing the package again replaces nothing twice.
+Models without a T-REX adapter see no change. A method that the installed releases do not have is left out, and
+CONTRIBUTING.md says what is lost then. Importing the package again replaces nothing twice.
 """
 
 from __future__ import annotations
@@ -12,26 +12,31 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from .hub import check_adapter_file, complete_card
+from .loading import PREFIX, check_adapter_file, complete_card
 
 Method = Callable[..., Any]
-MARK = "_trex_replacement"  # attribute of a replacement that refers to the replacement itself
+MARK = "_trex_replacement"
 
 
 def patch_peft_model(model_class: type) -> None:
     """Replace methods of `peft.PeftModel`; a method that is replaced already stays as it is."""
     for name, make in REPLACEMENTS.items():
         method = getattr(model_class, name, None)
-        if method is None or _is_ours(inspect.unwrap(method, stop=_is_ours)):
+        if method is None or _is_replacement(inspect.unwrap(method, stop=_is_replacement)):
             continue
         replacement = functools.wraps(method)(make(method))
         setattr(replacement, MARK, replacement)
         setattr(model_class, name, replacement)
 
 
-def _is_ours(method: Any) -> bool:
-    # functools.wraps copies attributes to whatever wraps a replacement later, so the mark must name its own function
+def _is_replacement(method: Any) -> bool:
+    # functools.wraps copies attributes to whatever wraps a replacement later, so the mark names its own function.
     return getattr(method, MARK, None) is method
+
+
+def _trex_config(model: Any) -> Any:
+    """The configuration of a T-REX adapter in a PeftModel, or None if it has none."""
+    return next((config for config in model.peft_config.values() if config.peft_type == "TREX"), None)
 
 
 def _write_card(original: Method) -> Method:
@@ -46,11 +51,7 @@ def _write_card(original: Method) -> Method:
 
 
 def _upload_with_card(original: Method) -> Method:
-    """Write PEFT's model card once more, just before an upload.
-
-    `push_to_hub`, which PEFT inherits from transformers, puts a card of its own over PEFT's, with another library and
-    without the base model. Where this private method is gone, an uploaded folder has that card.
-    """
+    """Write PEFT's model card once more before an upload: transformers' `push_to_hub` puts its own card over it."""
 
     def _upload_modified_files(self: Any, working_dir: str, *args: Any, **kwargs: Any) -> Any:
         if _trex_config(self) is not None:
@@ -61,7 +62,7 @@ def _upload_with_card(original: Method) -> Method:
 
 
 def _check_before_loading(original: Method) -> Method:
-    """Name a damaged file also where weights are loaded into an adapter that exists, as a resumed Trainer does.
+    """Name a damaged file also where a resumed Trainer loads weights into an adapter that exists.
 
     PEFT reads no configuration then, and reading the configuration is what checks the file elsewhere.
     """
@@ -78,7 +79,7 @@ def _find_offloaded(original: Method) -> Method:
     """Let the tensors of layers that a device map sends to the disk be found there.
 
     PEFT's index has the adapter's name before the last part of each key, which is right for `lora_A.weight` and wrong
-    for `trex_A`. Where this private method is gone, PEFT has another way to load such layers, or none.
+    for `trex_A`.
     """
 
     def _update_offload(self: Any, offload_index: Any, adapters_weights: Any) -> Any:
@@ -86,15 +87,11 @@ def _find_offloaded(original: Method) -> Method:
         if _trex_config(self) is not None:
             for key in list(offload_index or ()):
                 *layer, adapter_name, tensor = key.split(".")
-                if tensor.startswith("trex_") and adapter_name in self.peft_config:
+                if tensor.startswith(PREFIX) and adapter_name in self.peft_config:
                     offload_index[".".join((*layer, tensor, adapter_name))] = offload_index[key]
         return result
 
     return _update_offload
-
-
-def _trex_config(model: Any) -> Any:
-    return next((config for config in model.peft_config.values() if config.peft_type == "TREX"), None)
 
 
 REPLACEMENTS: dict[str, Callable[[Method], Method]] = {

@@ -1,38 +1,43 @@
 """Base layers whose weight is not a plain floating-point tensor.
 
-An adapter adds its output to the base layer's, whatever that layer is; what differs is how a merge reads and writes
-the weight. One table says it for each kind, or why it cannot be done. Kinds are told by the names of their classes, so
-that no quantisation library is imported to ask.
+An adapter adds its output to that of any base layer. Only a merge reads and writes the weight, and the table `SCHEMES`
+says how, or why it cannot be done. It goes by the names of classes, so no quantisation library is imported to ask.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 
-PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # an 8-bit float has a scale elsewhere
-PACKING = "support_avx512bf16_for_cpu"  # of bitsandbytes' Linear4bit
+# An 8-bit float has its scale elsewhere, so it is not plain.
+PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# This attribute of bitsandbytes' Linear4bit lets it pack its weight for a CPU.
+PACKING = "support_avx512bf16_for_cpu"
 ADVICE = "Use the adapter unmerged, or merge it into the base model loaded without quantisation."
+CALIBRATED = "its weight was fitted to calibration data, and cannot be quantised anew without them"
+ONE_WAY = "its library offers no way to quantise the sum anew"
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A kind of quantised layer: its name, and how its weight is read as a float tensor (D_out, D_in) and written."""
+    """A kind of quantised layer, and how its weight is read as a float tensor (D_out, D_in) and written.
+
+    `fields` are the layer's attributes that `write` sets. Without `write`, `obstacle` says why.
+    """
 
     name: str
     read: Callable[[Any], Tensor] | None = None
     write: Callable[[Any, Tensor], None] | None = None
-    fields: tuple[str, ...] = ("weight",)  # the layer's attributes that `write` sets
-    obstacle: str = ""  # why there is no `write`
+    fields: tuple[str, ...] = ("weight",)
+    obstacle: str = ""
 
 
 def _read_4bit(layer: Any) -> Tensor:
@@ -46,7 +51,8 @@ def _write_4bit(layer: Any, weight: Tensor) -> None:
     names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
     settings = {name: getattr(old, name) for name in names}
     new = type(old)(weight.cpu(), requires_grad=False, module=layer, **settings)
-    layer.weight = new.to(old.device)  # which quantises, and sets the layer's quant_state
+    # The move to a device quantises the weight, and sets the layer's quant_state.
+    layer.weight = new.to(old.device)
 
 
 def _read_8bit(layer: Any) -> Tensor:
@@ -56,7 +62,8 @@ def _read_8bit(layer: Any) -> Tensor:
 
 def _write_8bit(layer: Any, weight: Tensor) -> None:
     old = layer.weight
-    if old.SCB is None and not old.has_fp16_weights:  # the first forward moved them to the layer's state
+    # The first forward moves the scales to the layer's state.
+    if old.SCB is None and not old.has_fp16_weights:
         old.CB, old.SCB = old.data, layer.state.SCB
     new = type(old)(weight.cpu(), requires_grad=old.requires_grad, has_fp16_weights=old.has_fp16_weights)
     layer.weight = new.to(old.device)
@@ -67,12 +74,8 @@ def _write_hqq(layer: Any, weight: Tensor) -> None:
     if layer.quant_config is None:
         raise ValueError(f"An HQQLinear does not say how it was quantised (its quant_config is None). {ADVICE}")
     config = copy.deepcopy(layer.quant_config)
-    new = type(layer)(
-        None,
-        {**copy.deepcopy(config), "offload_meta": layer.offload_meta},
-        compute_dtype=layer.compute_dtype,
-        device=layer.device,
-    )
+    settings = {**copy.deepcopy(config), "offload_meta": layer.offload_meta}
+    new = type(layer)(None, settings, compute_dtype=layer.compute_dtype, device=layer.device)
     new.quantize(weight, **config)
     layer.W_q, layer.meta = new.W_q, new.meta
 
@@ -89,7 +92,7 @@ def _write_torchao(layer: Any, weight: Tensor) -> None:
     kind = type(old)
     if not hasattr(kind, "from_hp") or getattr(old, "act_pre_scale", None) is not None:
         raise ValueError(f"torchao's {kind.__name__} cannot be quantised anew as it was. {ADVICE}")
-    # what is asked for under the name that the tensor keeps it by; the scales are those of the former weight
+    # The tensor keeps most arguments under their own names. Its scales are those of the former weight.
     names = set(inspect.signature(kind.from_hp).parameters) - {"hp_tensor", "scale", "zero_point"}
     settings = {name: getattr(old, name) for name in names if hasattr(old, name)}
     if "granularity" in names:
@@ -112,27 +115,21 @@ def _write_torchao(layer: Any, weight: Tensor) -> None:
     layer.weight = nn.Parameter(new, requires_grad=False)
 
 
-def _read_quanto(layer: Any) -> Tensor:
-    return layer.weight.dequantize()
-
-
 def _write_quanto(layer: Any, weight: Tensor) -> None:
     trained = layer.weight.requires_grad
     layer.weight = nn.Parameter(weight, requires_grad=False)
-    layer.freeze()  # quanto's word for quantising the weight
+    # In quanto, to freeze a layer is to quantise its weight.
+    layer.freeze()
     layer.weight.requires_grad_(trained)
 
 
-CALIBRATED = "its weight was fitted to calibration data, and cannot be quantised anew without them"
-ONE_WAY = "its library offers no way to quantise the sum anew"
-
-# "package.class", of the layer or of its weight
+# The keys are "package.class", where the class is that of a layer, of its weight, or a base class of these.
 SCHEMES = {
     "bitsandbytes.Params4bit": Scheme("bitsandbytes 4-bit", _read_4bit, _write_4bit, ("weight", "quant_state")),
     "bitsandbytes.Int8Params": Scheme("bitsandbytes 8-bit", _read_8bit, _write_8bit),
     "hqq.HQQLinear": Scheme("HQQ", lambda layer: layer.dequantize(), _write_hqq, ("W_q", "meta")),
     "torchao.TorchAOBaseTensor": Scheme("torchao", _read_torchao, _write_torchao),
-    "optimum.QTensor": Scheme("quanto", _read_quanto, _write_quanto),
+    "optimum.QTensor": Scheme("quanto", lambda layer: layer.weight.dequantize(), _write_quanto),
     "gptqmodel.AWQuantLinear": Scheme("AWQ", obstacle=CALIBRATED),
     "gptqmodel.BaseQuantLinear": Scheme("GPTQ", obstacle=CALIBRATED),
     "awq.WQLinear_GEMM": Scheme("AWQ", obstacle=CALIBRATED),
@@ -143,37 +140,18 @@ SCHEMES = {
 }
 
 
-def _kinds(thing: Any) -> Iterator[str]:
-    return (f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in type(thing).__mro__)
-
-
 def scheme_of(layer: nn.Module) -> Scheme | None:
-    """How a layer is quantised; None for one that is not, or in a way that is unknown."""
-    weight = layer._parameters.get("weight") if isinstance(layer, nn.Linear) else None  # not of an embedding
-    own = (*_kinds(layer), *_kinds(weight))
-    return next((SCHEMES[kind] for kind in own if kind in SCHEMES), None)
-
-
-def include_quantised(config: Any, model: nn.Module) -> None:
-    """Let "all-linear", where PEFT looks for `nn.Linear` alone, mean quantised layers of any class."""
-    targets: Any = config.target_modules
-    if not isinstance(targets, str) or targets.lower() != "all-linear":
-        return
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    others = {
-        name
-        for name, module in model.named_modules()
-        if not isinstance(module, nn.Linear) and module is not head and not name.startswith(adapted)
-        if scheme_of(module) is not None
-    }
-    if others:
-        _maybe_include_all_linear_layers(config, model)
-        config.target_modules |= others
+    """How a layer is quantised; None for a layer that is not quantised, or in an unknown way."""
+    # An embedding may have a quantised weight as well.
+    weight = layer._parameters.get("weight") if isinstance(layer, nn.Linear) else None
+    classes = (*type(layer).__mro__, *type(weight).__mro__)
+    names = (f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in classes)
+    return next((SCHEMES[name] for name in names if name in SCHEMES), None)
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    weight = layer._parameters.get("weight")  # one that is computed from others is an attribute, lost when it is set
+    # A weight that is computed from others is no parameter, and would be lost when it is set.
+    weight = layer._parameters.get("weight")
     return weight is not None and type(weight.data) is Tensor and weight.dtype in PLAIN_DTYPES
 
 
@@ -185,19 +163,17 @@ def check_mergeable(layer: nn.Module, path: str = "") -> Scheme | None:
     """
     scheme = scheme_of(layer)
     what = f"{path}, a {type(layer).__name__}," if path else f"A {type(layer).__name__}"
-    if scheme is not None:
-        if scheme.write is None:
-            raise ValueError(f"{what} cannot take up an adapter ({scheme.name}): {scheme.obstacle}. {ADVICE}")
-        return scheme
-    if not _is_plain(layer):
+    if scheme is not None and scheme.write is None:
+        raise ValueError(f"{what} cannot take up an adapter ({scheme.name}): {scheme.obstacle}. {ADVICE}")
+    if scheme is None and not _is_plain(layer):
         weight = layer._parameters.get("weight")
-        found = "no parameter called weight" if weight is None else f"{type(weight.data).__name__} of {weight.dtype}"
-        known = sorted({scheme.name for scheme in SCHEMES.values() if scheme.write is not None})
+        kind = "no parameter called weight" if weight is None else f"{type(weight.data).__name__} of {weight.dtype}"
+        names = sorted({scheme.name for scheme in SCHEMES.values() if scheme.write is not None})
         raise ValueError(
             f"{what} cannot take up an adapter: its weight is expected to be a plain tensor of float16, bfloat16, "
-            f"float32 or float64, or quantised by {', '.join(known)}; found {found}. {ADVICE}"
+            f"float32 or float64, or quantised by {', '.join(names)}; found {kind}. {ADVICE}"
         )
-    return None
+    return scheme
 
 
 def read_weight(layer: Any) -> Tensor:
@@ -207,7 +183,7 @@ def read_weight(layer: Any) -> Tensor:
 
 
 def write_weight(layer: Any, weight: Tensor) -> dict[str, Any] | None:
-    """Replace the weight, quantising it as the former one was; what `restore_weight` needs to undo that exactly."""
+    """Replace the weight, quantising it as the former one was; returns what `restore_weight` needs to undo that."""
     scheme = check_mergeable(layer)
     if scheme is None or scheme.write is None:
         layer.weight.data = weight
@@ -220,15 +196,14 @@ def write_weight(layer: Any, weight: Tensor) -> dict[str, Any] | None:
 def restore_weight(layer: Any, former: dict[str, Any]) -> None:
     """Undo `write_weight`, to the bit."""
     for name, value in former.items():
-        here = getattr(layer, name)
-        moved = name == "weight" and value.device != here.device
-        setattr(layer, name, value.to(here.device) if moved else value)
+        device = getattr(layer, name).device if name == "weight" else None
+        setattr(layer, name, value.to(device) if device is not None and value.device != device else value)
     if hasattr(layer, "state"):
         layer.state.reset_grads()
 
 
 class _PassGradient(torch.autograd.Function):
-    """The gradient that a layer's own kernel does not compute: the one of its dequantised weight."""
+    """Computes the gradient that a layer's own kernel does not, with the dequantised weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, output: Tensor, layer: nn.Module) -> Tensor:
@@ -248,7 +223,7 @@ class _PassGradient(torch.autograd.Function):
 
 
 def _pass_gradient(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
-    """Forward hook of a quantised layer: give its output a gradient where its kernel computes none."""
+    """Forward hook of a quantised layer, which gives its output a gradient where its kernel computes none."""
     x = args[0] if args else next(iter(kwargs.values()))
     if not torch.is_grad_enabled() or not x.requires_grad or output.requires_grad:
         return output
@@ -256,7 +231,7 @@ def _pass_gradient(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output
 
 
 def keep_trainable(model: nn.Module) -> None:
-    """See to it that gradients pass through the quantised layers of a model, adapted or not, as they should.
+    """Let correct gradients pass through the quantised layers of a model, adapted or not.
 
     Some kernels compute none (torchao's, where they quantise the activations too), which would leave the layers before
     with wrong gradients. And on a CPU with AVX512-BF16, bitsandbytes packs a 4-bit weight for good in a forward in
@@ -266,7 +241,8 @@ def keep_trainable(model: nn.Module) -> None:
         quantised = scheme_of(layer) is not None or (isinstance(layer, nn.Linear) and not _is_plain(layer))
         if quantised and _pass_gradient not in layer._forward_hooks.values():
             layer.register_forward_hook(_pass_gradient, with_kwargs=True)
-        if PACKING in vars(layer):  # not of what a wrapper passes on
+        # A wrapper passes the attribute on, but does not have it.
+        if PACKING in vars(layer):
             setattr(layer, PACKING, False)
             _unpack(layer)
 
@@ -277,17 +253,20 @@ def release(model: nn.Module) -> None:
         for number in [number for number, hook in layer._forward_hooks.items() if hook is _pass_gradient]:
             del layer._forward_hooks[number]
             layer._forward_hooks_with_kwargs.pop(number, None)
-        if PACKING in vars(layer):  # not of what a wrapper passes on
+        if PACKING in vars(layer):
             setattr(layer, PACKING, import_module("bitsandbytes.functional").has_avx512bf16())
 
 
 def _unpack(layer: Any) -> None:
+    """Undo bitsandbytes' packing, but for the scales, which it has rounded to bfloat16."""
     state: Any = getattr(layer.weight, "quant_state", None)
     if not getattr(state, "packing_format_for_cpu", False):
         return
-    scales = state.absmax.T.reshape(-1).float()  # rounded to bfloat16 by the packing, which cannot be undone
-    state.original_nested = False  # else they would be rounded once more
+    scales = state.absmax.T.reshape(-1).float()
+    # Otherwise the scales would be rounded once more.
+    state.original_nested = False
     unpack = import_module("bitsandbytes.functional")._convert_weight_packed_for_cpu_inverse
     layer.weight.data, state = unpack(layer.weight.data, state)
-    state.absmax = scales  # which `unpack` leaves transposed
+    # `unpack` leaves the scales transposed.
+    state.absmax = scales
     layer.weight.quant_state = layer.quant_state = state

@@ -1,9 +1,8 @@
 """The one place that touches PEFT's tables: a new member in its enum of methods, and the method's registration.
 
-What is replaced in PEFT's classes stands in `peft_patches.py`.
-
 `peft.utils.register_peft_method` takes only names that its enum already holds, and PEFT has no entry point for
 plug-ins, so the member is added here. This file imports nothing heavy at load, and can be tested without torch.
+`peft_patches.py` holds what is replaced in PEFT's classes.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ def extend_str_enum(enum_class: type[enum.Enum], name: str, value: str) -> enum.
     if not issubclass(enum_class, str):
         raise TypeError(f"{enum_class.__name__} is not a string enum; a member {name!r} cannot be added to it.")
     if value in enum_class._value2member_map_:
-        taken = enum_class._value2member_map_[value].name
-        raise ValueError(f"{enum_class.__name__} already has the value {value!r}, under the name {taken!r}.")
+        other = enum_class._value2member_map_[value].name
+        raise ValueError(f"{enum_class.__name__} already has the value {value!r}, under the name {other!r}.")
     member: Any = str.__new__(enum_class, value)
     member._name_ = name
     member._value_ = value
     member.__objclass__ = enum_class
     member._sort_order_ = len(enum_class._member_names_)
-    # Python 3.11 and later look members up as class attributes, 3.10 in the map; Enum's own __setattr__ refuses both
+    # Python 3.11 and later look members up as class attributes, 3.10 in the map. Enum's own __setattr__ refuses both.
     type.__setattr__(enum_class, name, member)
     enum_class._member_map_[name] = member
     enum_class._member_names_.append(name)
@@ -47,11 +46,7 @@ def register(config_class: type, model_class: type) -> None:
     Should PEFT itself bring a method of this name, PEFT's stays as it is, with a warning, and `TRexConfig` refuses to
     be built.
     """
-    from peft.mapping import (
-        PEFT_TYPE_TO_CONFIG_MAPPING,
-        PEFT_TYPE_TO_PREFIX_MAPPING,
-        PEFT_TYPE_TO_TUNER_MAPPING,
-    )
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
     from peft.peft_model import PeftModel
     from peft.utils import PeftType, register_peft_method
 

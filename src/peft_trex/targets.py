@@ -1,4 +1,4 @@
-"""Which of a model's modules are adapted, where PEFT's own matching would take the wrong ones or say nothing."""
+"""The modules that an adapter goes into, where PEFT's own matching takes the wrong ones or says nothing."""
 
 from __future__ import annotations
 
@@ -6,67 +6,93 @@ import copy
 import math
 import re
 import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from peft.tuners.tuners_utils import (
-    BaseTunerLayer,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import TaskType
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .quantized import scheme_of
 
-# heads that PEFT adds to modules_to_save only after it has looked for linear layers
+# PEFT adds these heads to modules_to_save only after it has looked for linear layers.
 HEADS = {TaskType.TOKEN_CLS: ("classifier", "score"), TaskType.QUESTION_ANS: ("qa_outputs",)}
-# what an expert's linear layers were called before transformers 5 put those of all experts into one parameter
+# Before transformers 5 put the linear layers of all experts into one parameter, they had these names.
 FORMER_EXPERT_NAMES = {"gate_up_proj": ("gate_proj", "up_proj", "w1", "w3"), "down_proj": ("w2",)}
+
+
+def settle_targets(config: Any, model: nn.Module) -> Any:
+    """Write into a configuration what its target_modules and exclude_modules mean in this model, and return it.
+
+    Raises:
+        ValueError: if a target is held in one three-dimensional parameter with others.
+    """
+    if config.target_modules is None:
+        config.target_modules = "all-linear"
+    if _is_all_linear(config):
+        _leave_out(config, model)
+    _check_fused_experts(config, model)
+    if _is_all_linear(config):
+        _include_quantised(config, model)
+    if _is_all_linear(config) and config.layers_to_transform is not None:
+        # PEFT picks no layers from names in full, so the last part of each name stands for it.
+        _maybe_include_all_linear_layers(config, model)
+        config.target_modules = {name.rpartition(".")[2] for name in config.target_modules}
+    return config
 
 
 def _is_all_linear(config: Any) -> bool:
     return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
 
 
-def leave_out(config: Any, model: nn.Module) -> None:
-    """Exclude what "all-linear" would find, but must not be adapted."""
-    if not _is_all_linear(config):
-        return
-    # PEFT trains these in full, but would find them among the linear layers too
+def _leave_out(config: Any, model: nn.Module) -> None:
+    """Exclude linear layers that must not be adapted."""
+    # PEFT trains the heads in full.
     names = [name for name in HEADS.get(config.task_type, ()) if hasattr(model, name)]
-    for path, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):  # it reads this layer's weight, and never calls the layer
-            names.append(f"{path}.out_proj".removeprefix("."))
+    # The attention reads the weight of its out_proj, and never calls the layer.
+    attentions = [path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    names += [f"{path}.out_proj".removeprefix(".") for path in attentions]
     if names and isinstance(config.exclude_modules, str):
         config.exclude_modules = "|".join([config.exclude_modules, *map(re.escape, names)])
     elif names:
         config.exclude_modules = {*(config.exclude_modules or ()), *names}
 
 
-def name_by_kind(config: Any, model: nn.Module) -> None:
-    """Name what "all-linear" means by the last part of each name: PEFT picks no layers from names in full."""
-    if _is_all_linear(config):
+def _include_quantised(config: Any, model: nn.Module) -> None:
+    """Add quantised layers of other classes than `nn.Linear`, which alone PEFT looks for."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    modules = dict(model.named_modules())
+    adapted = tuple(f"{path}." for path, module in modules.items() if isinstance(module, BaseTunerLayer))
+    quantised = {
+        path
+        for path, module in modules.items()
+        if not isinstance(module, nn.Linear) and module is not head and not path.startswith(adapted)
+        if scheme_of(module) is not None
+    }
+    if quantised:
         _maybe_include_all_linear_layers(config, model)
-        config.target_modules = {name.rpartition(".")[2] for name in config.target_modules}
+        config.target_modules |= quantised
 
 
-def check_fused_experts(config: Any, model: nn.Module) -> None:
+def _check_fused_experts(config: Any, model: nn.Module) -> None:
     """Refuse targets that are experts held in one three-dimensional parameter, and warn where such are left out."""
     all_linear = _is_all_linear(config)
     anything = copy.copy(config)
     anything.target_modules = ".*"
-    left_out: dict[str, int] = {}
+    weights = 0
+    left_out: list[str] = []
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            shape = _shape_of(parameter)
             if len(shape) != 3 or isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)) or scheme_of(module) is not None:
                 continue
-            if not check_target_module_exists(anything, path):  # excluded, or trained in full
+            # Modules that are excluded or trained in full are no targets.
+            if not check_target_module_exists(anything, path):
                 continue
-            named = [] if all_linear else _names_of_expert(config, path, name)
-            for target in named:
-                # PEFT shortens long lists, so a name that fits linear layers too may mean these alone
+            targets = [] if all_linear else _targets_of_expert(config, path, name)
+            for target in targets:
+                # PEFT shortens long lists, so a name that fits linear layers too may mean these alone.
                 if isinstance(config.target_modules, str) or not _names_a_layer(target, model):
                     raise ValueError(
                         f"target_modules names {target!r}, which in {path} is the parameter {name} of shape {shape}: "
@@ -74,21 +100,26 @@ def check_fused_experts(config: Any, model: nn.Module) -> None:
                         "Take the name out of target_modules, or, if it is to match linear layers elsewhere, add "
                         f"exclude_modules={[path.rpartition('.')[2]]}."
                     )
-            if named or (all_linear and "expert" in f"{path}.{type(module).__name__}".lower()):
-                left_out[path] = left_out.get(path, 0) + math.prod(shape)
+            if targets or (all_linear and "expert" in f"{path}.{type(module).__name__}".lower()):
+                weights += math.prod(shape)
+                left_out += [] if path in left_out else [path]
     if left_out and not config.inference_mode:
-        total = sum(math.prod(getattr(parameter, "ds_shape", parameter.shape)) for parameter in model.parameters())
-        share = 100 * sum(left_out.values()) / total
+        total = sum(math.prod(_shape_of(parameter)) for parameter in model.parameters())
         more = ", ..." if len(left_out) > 2 else ""
         warnings.warn(
-            f"The experts in {', '.join([*left_out][:2])}{more} are not adapted: T-REX adapts linear layers, and "
-            f"these hold {share:.0f} % of the model's weights in three-dimensional parameters.",
+            f"The experts in {', '.join(left_out[:2])}{more} are not adapted: T-REX adapts linear layers, and "
+            f"these hold {100 * weights / total:.0f} % of the model's weights in three-dimensional parameters.",
             stacklevel=2,
         )
 
 
-def _names_of_expert(config: Any, path: str, name: str) -> list[str]:
-    """The targets that mean a parameter of experts: by its own name, its module's, or one of earlier days."""
+def _shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of a parameter, also where DeepSpeed's ZeRO-3 shards it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _targets_of_expert(config: Any, path: str, name: str) -> list[str]:
+    """The targets that mean a parameter of experts, by its name or its module's, or by a former name."""
     keys = [path, f"{path}.{name}", *(f"{path}.0.{former}" for former in FORMER_EXPERT_NAMES.get(name, ()))]
     keys = [key for key in keys if check_target_module_exists(config, key)]
     if isinstance(config.target_modules, str):
@@ -97,28 +128,56 @@ def _names_of_expert(config: Any, path: str, name: str) -> list[str]:
 
 
 def _names_a_layer(target: str, model: nn.Module) -> bool:
-    for name, module in model.named_modules():
-        linear = isinstance(module, (Conv1D, BaseTunerLayer)) or hasattr(module, "in_features")  # quantised, or not
-        if linear and f".{name}".endswith(f".{target}"):
+    """Whether a target fits the name of a linear layer."""
+    for path, module in model.named_modules():
+        # Quantised layers of any library have this attribute.
+        linear = isinstance(module, (Conv1D, BaseTunerLayer)) or hasattr(module, "in_features")
+        if linear and f".{path}".endswith(f".{target}"):
             return True
     return False
 
 
-def check_untied(model: nn.Module, adapter_names: set[str]) -> None:
-    """Raise a ValueError if merging these adapters would change a weight that another module uses as well."""
+def check_target(target: nn.Module, parent: nn.Module, path: str) -> None:
+    """Raise a ValueError if a module is none that T-REX can adapt."""
+    layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    plain = isinstance(layer, (nn.Linear, Conv1D)) and layer.weight.is_floating_point()
+    if not plain and scheme_of(layer) is None:
+        raise ValueError(
+            f"The target module {path} is a {type(layer).__name__}; T-REX adapts torch.nn.Linear and transformers' "
+            "Conv1D with floating-point weights, and quantised layers that PEFT knows. Name such layers in "
+            "target_modules, or leave this one out with exclude_modules."
+        )
+    if isinstance(parent, nn.MultiheadAttention):
+        raise ValueError(
+            f"The target module {path} belongs to a torch.nn.MultiheadAttention, which would pass the adapter by in "
+            "silence. Leave it out with exclude_modules."
+        )
+
+
+def check_pattern(config: Any, layers: Iterable[str]) -> None:
+    """Raise a ValueError if `expert_pattern` names layers that the adapter is not in."""
+    unknown = sorted(set(config.expert_pattern) - set(layers))
+    if unknown:
+        raise ValueError(
+            f"expert_pattern names {len(unknown)} modules that the adapter is not in, such as {unknown[0]!r}; it "
+            f"takes names in full, as {min(layers)!r}."
+        )
+
+
+def check_untied(model: nn.Module, layers: Mapping[str, BaseTunerLayer]) -> None:
+    """Raise a ValueError if another module of the model uses the weight of one of these layers as well."""
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         weight = module._parameters.get("weight")
         if weight is not None:
             owners.setdefault(id(weight), []).append(path)
-    for path, layer in model.named_modules():
-        if isinstance(layer, BaseTunerLayer) and any(name in getattr(layer, "trex_A", ()) for name in adapter_names):
-            shared = owners.get(id(layer.get_base_layer()._parameters.get("weight")), [])
-            if len(shared) > 1:
-                others = [other for other in shared if not other.startswith(f"{path}.")]
-                raise ValueError(
-                    f"The weight of {path} is tied to that of {', '.join(others)}: merging an adapter into it would "
-                    "change both, and nothing was merged. Leave the module out with exclude_modules, untie the two "
-                    "before the adapter is made (a copy of the weight, and tie_word_embeddings=False in the model's "
-                    "configuration), or serve the adapter as it is."
-                )
+    for path, layer in layers.items():
+        paths = owners.get(id(layer.get_base_layer()._parameters.get("weight")), [])
+        if len(paths) > 1:
+            others = [other for other in paths if not other.startswith(f"{path}.")]
+            raise ValueError(
+                f"The weight of {path} is tied to that of {', '.join(others)}: merging an adapter into it would "
+                "change both, and nothing was merged. Leave the module out with exclude_modules, untie the two before "
+                "the adapter is made (a copy of the weight, and tie_word_embeddings=False in the model's "
+                "configuration), or serve the adapter as it is."
+            )

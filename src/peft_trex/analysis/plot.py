@@ -1,0 +1,159 @@
+"""The figures of a routing report as heatmaps over a model's blocks (from left to right) and kinds of layers.
+
+Axis legend: E experts, K clusters.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .figures import LayerRouting, RoutingFigures
+from .text import kinds_of, mean_group_load, summary
+
+# The number of groups that are drawn, those of the most prompts.
+GROUPS = 24
+# Room in inches: above a map for its title, below it for its ticks, right of it for its colours, and for the heading.
+ABOVE, BELOW, BAR, HEAD = 0.3, 0.4, 0.75, 0.4
+Kinds = dict[str, dict[int, str]]
+
+
+class _Map(NamedTuple):
+    """A heatmap of values (rows, columns), its range of colours (None for the values' own) and the names beside it.
+
+    The columns are the model's blocks, unless `columns` says what else they are. No `rows` leaves the rows numbered.
+    """
+
+    title: str
+    values: np.ndarray
+    low: float | None
+    high: float | None
+    colours: str
+    rows: Sequence[str] = ()
+    columns: str = ""
+
+
+def draw(figures: RoutingFigures, path: str | os.PathLike[str]) -> None:
+    """Draw a report to a file; see [`RoutingReport.plot`]."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "Drawing a routing report needs matplotlib, which is not installed: pip install 'peft-trex[plot]', or "
+            "take to_markdown() or to_dict()."
+        ) from error
+    kinds = kinds_of(figures.layers)
+    blocks = sorted({block for names in kinds.values() for block in names})
+    groups = _group_maps(figures)
+    rows = _in_rows(0.22 * len(kinds), _layer_maps(figures, kinds, blocks))
+    rows += _in_rows(1.5, _expert_maps(figures, kinds, blocks))
+    rows += _in_rows(0.24 * len(groups[0].rows), groups) if groups else []
+    # The maps are placed by hand, in inches: matplotlib's own layouts take many times the time of all the rest.
+    map_width = max(5.0, 0.12 * len(blocks))
+    left = 0.4 + 0.075 * max(len(name) for _, maps in rows for heatmap in maps for name in heatmap.rows)
+    width = 2 * (left + map_width + BAR)
+    heights = [row_height for row_height, _ in rows]
+    height = HEAD + sum(heights) + len(rows) * (ABOVE + BELOW)
+    figure = Figure(figsize=(width, height))
+    title = summary(figures).partition(";")[0]
+    figure.text(0.5, 1 - 0.12 / height, title, ha="center", va="top", fontsize=10)
+    for row, (row_height, maps) in enumerate(rows):
+        y = height - HEAD - sum(heights[: row + 1]) - row * (ABOVE + BELOW) - ABOVE
+        for column, heatmap in enumerate(maps):
+            x = column * width / 2 + left
+            axes, scale = (
+                figure.add_axes((start / width, y / height, size / width, row_height / height))
+                for start, size in ((x, map_width), (x + map_width + 0.08, 0.12))
+            )
+            _draw_map(heatmap, axes, scale, blocks)
+    figure.savefig(path, dpi=110)
+
+
+def _in_rows(height: float, maps: list[_Map]) -> list[tuple[float, list[_Map]]]:
+    """Rows of two maps, each with its height in inches."""
+    return [(height, maps[start : start + 2]) for start in range(0, len(maps), 2)]
+
+
+def _draw_map(heatmap: _Map, axes: Any, scale: Any, blocks: list[int]) -> None:
+    # The ground shows where there is no layer.
+    axes.set_facecolor("0.85")
+    colours = {"vmin": heatmap.low, "vmax": heatmap.high, "cmap": heatmap.colours}
+    image = axes.imshow(heatmap.values, aspect="auto", interpolation="nearest", **colours)
+    axes.set_title(heatmap.title, fontsize=8)
+    axes.tick_params(labelsize=7)
+    axes.figure.colorbar(image, cax=scale).ax.tick_params(labelsize=7)
+    if heatmap.rows:
+        axes.set_yticks(range(len(heatmap.rows)), heatmap.rows, fontsize=7)
+    else:
+        axes.set_ylabel("expert", fontsize=7)
+    if heatmap.columns:
+        axes.set_xlabel(heatmap.columns, fontsize=7)
+        return
+    step = next((step for step in (1, 2, 5, 10, 20, 50) if len(blocks) <= 20 * step), 100)
+    axes.set_xticks(range(0, len(blocks), step), [str(block) for block in blocks[::step]], fontsize=7)
+
+
+def _layer_maps(figures: RoutingFigures, kinds: Kinds, blocks: list[int]) -> list[_Map]:
+    """The maps of one number a layer (kinds, blocks), as far as the report has the numbers."""
+
+    def of(read: Callable[[LayerRouting], float | None]) -> np.ndarray:
+        values = np.full((len(kinds), len(blocks)), np.nan)
+        for row, names in enumerate(kinds.values()):
+            for block, name in names.items():
+                value = read(figures.layers[name])
+                values[row, blocks.index(block)] = np.nan if value is None else value
+        return values
+
+    def largest(values: np.ndarray, least: float) -> float:
+        return max([least, *values[~np.isnan(values)].tolist()])
+
+    energy = of(lambda layer: np.log10(max(layer.energy, 1e-8)))
+    dead = of(lambda layer: len(layer.dead) / len(layer.load))
+    used = of(lambda layer: layer.used_experts / len(layer.load))
+    rank, nats = of(lambda layer: layer.core_rank), of(lambda layer: layer.mutual_information)
+    maps = [
+        _Map("omega: router (1) against prior (0)", of(lambda layer: layer.omega), 0.0, 1.0, "RdBu_r"),
+        _Map("gate", of(lambda layer: layer.gate), 0.0, 1.0, "viridis"),
+        _Map("what the adapter adds, log10 of its share of the layer's energy", energy, None, None, "magma"),
+        _Map("router's entropy for a token, of log E", of(lambda layer: layer.router_entropy), 0.0, 1.0, "viridis"),
+        _Map("experts that all tokens use, share of E", used, 0.0, 1.0, "viridis"),
+        _Map("router's share of the weights", of(lambda layer: layer.token_share), 0.0, 1.0, "RdBu_r"),
+        _Map("rank of what the weights mix", rank, 1.0, largest(rank, 1.5), "viridis"),
+        _Map("dead experts, share of E", dead, 0.0, 1.0, "magma"),
+        _Map("what an expert tells about the group, nats", nats, 0.0, largest(nats, 1e-3), "magma"),
+    ]
+    return [heatmap._replace(rows=list(kinds)) for heatmap in maps if not np.isnan(heatmap.values).all()]
+
+
+def _expert_maps(figures: RoutingFigures, kinds: Kinds, blocks: list[int]) -> list[_Map]:
+    """The load of each expert (E, blocks), in a map for each kind of layer."""
+    maps = []
+    for kind, names in kinds.items():
+        loads = {block: np.array(figures.layers[name].load) for block, name in names.items()}
+        values = np.full((max(map(len, loads.values())), len(blocks)), np.nan)
+        for block, load in loads.items():
+            values[: len(load), blocks.index(block)] = np.log2(np.maximum(load * len(load), 1e-9))
+        maps.append(_Map(f"load of each expert, log2 against the mean: {kind}", values, -3.0, 3.0, "RdBu_r"))
+    return maps
+
+
+def _group_maps(figures: RoutingFigures) -> list[_Map]:
+    """The experts (groups, E) and the clusters (groups, K) of the largest groups; no maps without groups."""
+    groups, loads = mean_group_load(figures)
+    if not groups:
+        return []
+    largest = sorted(sorted(range(len(groups)), key=lambda place: -figures.groups[groups[place]])[:GROUPS])
+    groups, loads = [groups[place] for place in largest], loads[largest]
+    change = 100 * (loads / np.maximum(loads.mean(0), 1e-30) - 1)
+    limit = max(1e-9, float(np.abs(change).max()))
+    maps = [_Map("an expert's load in a group, against all (%)", change, -limit, limit, "RdBu_r", groups, "expert")]
+    if figures.group_clusters:
+        none = (0,) * len(figures.clusters)
+        counts = np.array([figures.group_clusters.get(label, none) for label in groups], float)
+        shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        title = "clusters of a group's prompts (share)"
+        maps.append(_Map(title, shares, 0.0, float(shares.max()), "magma", groups, "cluster"))
+    return maps

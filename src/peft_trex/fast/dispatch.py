@@ -1,0 +1,70 @@
+"""The choice among the ways to compute a mixture: the formula, the formula for compilers, decoding, and autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..mixture import Experts, Settings, apply_experts, mixture_of
+from . import gpu
+from .autograd import add_fused, stack, without_autocast
+from .base import Base
+from .decode import decode
+
+FEW = 64  # rows, up to which decoding costs more for its calls than for its arithmetic
+
+
+def add_mixture(
+    base: Base, x: Tensor, experts: Experts, prior: Tensor | None, settings: Settings, fast: bool = True
+) -> Tensor:
+    """The base layer's output plus that of one adapter, [`rank_one_mixture`]; nothing that it gets is changed.
+
+    Args:
+        base: the base layer's part, with the layer's own input.
+        x: (..., D_in), the adapter's input: that of `base`, or what a cast and dropout made of it.
+        experts, prior, settings: as in [`rank_one_mixture`]; omega and gate must be there, with `fast` the router too.
+        fast: False for the formula.
+
+    Returns:
+        (..., D_out) in the dtype of the base layer's output.
+    """
+    if not fast:
+        output = base.compute()
+        return output + apply_experts(x, experts, prior, settings).to(output.dtype)
+    if not is_fast(base.x, experts.A):
+        return add_stacked(base.compute(), x, experts, prior, settings)
+    if x is not base.x:
+        base = Base(base.x, None, base.compute())
+    # Only single tokens are decoded, not all short inputs: a checkpointed forward runs without gradients at first, and
+    # must round as its second run does.
+    if x.is_cpu and x.dim() == 3 and x.shape[1] == 1 and 0 < x.shape[0] <= FEW and not torch.is_grad_enabled():
+        if base.layer is None:
+            output = base.compute().clone(memory_format=torch.contiguous_format)
+        else:
+            output = F.linear(x, base.layer.weight, base.layer.bias)
+        if torch.is_autocast_enabled("cpu"):
+            return without_autocast("cpu", decode, output, x, experts, prior, settings)
+        return decode(output, x, experts, prior, settings)
+    return add_fused(base, x, experts, prior, settings)
+
+
+def add_stacked(output: Tensor, x: Tensor, experts: Experts, prior: Tensor | None, settings: Settings) -> Tensor:
+    """The formula for compilers and for devices without a fast path: one product with [A; R] reads x once."""
+    a, z = F.linear(x, stack(experts)).tensor_split((experts.A.shape[0],), -1)
+    assert experts.router is not None
+    logits = z if experts.router_down is None else F.linear(z, experts.router)
+    return output + mixture_of(a, logits, experts, prior, settings).to(output.dtype)
+
+
+def is_fast(x: Tensor, A: Tensor) -> bool:
+    """Whether a layer's input can take the fast path: it is a plain tensor on a CPU, or where the kernels run."""
+    if type(x) is not Tensor or not (x.is_cpu or (gpu.available(x) and gpu.available(A))):
+        return False
+    # torch.compile fuses the plain formula better than our kernel, so traced calls take the formula.
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
+def reads_bfloat16(x: Tensor, A: Tensor) -> bool:
+    """Whether the fast path takes a bfloat16 input beside float32 adapters as it is, without a copy in float32."""
+    return x.dtype == torch.bfloat16 and A.dtype == torch.float32 and is_fast(x, A)

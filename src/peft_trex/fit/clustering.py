@@ -1,0 +1,122 @@
+"""Clusters of the prompts' embeddings: k-means on a sample that memory holds, whitened or not.
+
+Axis legend: n prompts of the sample, K clusters, d width of an embedding, p directions if whitened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .reservoir import PART
+
+# A direction whose standard deviation is less than this share of the largest one is rounding.
+FLAT = 1e-4
+
+
+@dataclass(frozen=True)
+class TRexPriorReport:
+    """What `initialize_trex_prior` found.
+
+    Attributes:
+        prompts: number of prompts seen, by all processes together.
+        cluster_sizes: how many of the sampled prompts are in each of the K clusters.
+        explained_variance: share, in [0, 1], of the sampled embeddings' variance that lies between the clusters; the
+            embeddings centred, whitened if the adapter does so, and normalised.
+        sampled: number of prompts that were clustered: all, or as many as memory is kept for.
+    """
+
+    prompts: int
+    cluster_sizes: tuple[int, ...]
+    explained_variance: float
+    sampled: int
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """What clustering found, as the prior takes it."""
+
+    centroids: Tensor  # (K, d), or (K, p) whitened
+    mean: Tensor  # (d,)
+    mean_scores: Tensor  # (K,)
+    whitening: Tensor | None  # (p, d)
+    report: TRexPriorReport
+
+
+def cluster(
+    rows: np.ndarray, mean: np.ndarray, *, clusters: int, prompts: int, seed: int, whitened: int | None
+) -> Clusters:
+    """k-means on a sample (n, d), which is overwritten, of a number of prompts with this mean (d,)."""
+    if not len(rows):
+        raise ValueError("None of the prompts has a token, or an embedding that is not zero.")
+    for chunk in _slices(rows):
+        chunk -= mean
+    whitening = None if whitened is None else _whitening(rows, whitened, seed)
+    unit = rows if whitening is None else rows @ whitening.T
+    for chunk in _slices(unit):
+        chunk[:] = F.normalize(torch.from_numpy(chunk), dim=-1).numpy()
+    _check_distinct(unit, clusters, prompts)
+    # scikit-learn takes seconds to import, so it is imported where a fit uses it.
+    from sklearn.cluster import MiniBatchKMeans
+
+    kmeans = MiniBatchKMeans(clusters, init="k-means++", n_init=3, batch_size=4096, random_state=seed).fit(unit)
+    middle, within, around = unit.mean(0), 0.0, 0.0
+    for chunk, labels in zip(_slices(unit), _slices(kmeans.labels_), strict=True):
+        within += float(((chunk - kmeans.cluster_centers_[labels]) ** 2).sum())
+        around += float(((chunk - middle) ** 2).sum())
+    centroids = F.normalize(torch.from_numpy(kmeans.cluster_centers_).float(), dim=-1)
+    return Clusters(
+        centroids=centroids,
+        mean=torch.from_numpy(mean),
+        mean_scores=torch.from_numpy(middle) @ centroids.T,
+        whitening=None if whitening is None else torch.from_numpy(whitening),
+        report=TRexPriorReport(
+            prompts=prompts,
+            cluster_sizes=tuple(np.bincount(kmeans.labels_, minlength=clusters).tolist()),
+            explained_variance=float(np.clip(1 - within / around, 0, 1)),
+            sampled=len(unit),
+        ),
+    )
+
+
+def _check_distinct(unit: np.ndarray, clusters: int, prompts: int) -> None:
+    """Raise a ValueError if the normalised rows (n, d) or (n, p) are too few, or too much alike, to be clustered."""
+    distinct = unit[:0]
+    # As a rule the first chunk is enough.
+    for chunk in _slices(unit, 100 * clusters):
+        # The mean over a prompt's tokens differs in its last bits with the padding of its batch, so it is rounded.
+        distinct = np.unique(np.concatenate([distinct, chunk.round(4)]), axis=0)
+        if len(distinct) >= clusters:
+            break
+    if len(distinct) < clusters:
+        among = f"{len(unit)} that were {'seen' if len(unit) == prompts else f'sampled of {prompts}'}"
+        raise ValueError(
+            f"num_clusters={clusters} is more than the {len(distinct)} distinct prompts among the {among}. Give more "
+            "prompts, or build the adapter with fewer clusters."
+        )
+    if not unit.any():
+        raise ValueError(f"All {len(unit)} prompts have the same embedding, so there is nothing to cluster.")
+
+
+def _whitening(rows: np.ndarray, whitened: int, seed: int) -> np.ndarray:
+    """(p, d): the leading principal directions of rows (n, d), each over its standard deviation."""
+    from sklearn.decomposition import PCA
+
+    pca = PCA(min(whitened, *rows.shape), random_state=seed).fit(rows)
+    deviations = np.sqrt(pca.explained_variance_)
+    varied = int((deviations > FLAT * deviations[0]).sum())
+    if varied < whitened:
+        raise ValueError(
+            f"prior_whitening={whitened}, but the embeddings of the {len(rows)} prompts vary in {varied} directions. "
+            "Give more prompts, or build the adapter with a smaller prior_whitening."
+        )
+    return (pca.components_ / deviations[:, None]).astype(np.float32)
+
+
+def _slices(array: np.ndarray, size: int = PART) -> Iterator[np.ndarray]:
+    return (array[start : start + size] for start in range(0, len(array), size))

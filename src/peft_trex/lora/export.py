@@ -1,0 +1,213 @@
+"""Save an adapter as plain LoRA: one for all prompts, one for each cluster of them, and the router between these."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from ..layer import APPROXIMATE, TRexLayer
+from ..model import TRexModel, find_peft_model, find_tuner
+from ..prior.inputs import Inputs
+from ..prior.semantic_prior import SemanticPrior
+from . import semantic_router
+
+OVERALL = "overall"
+
+
+def save_trex_as_lora(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    adapter_name: str = "default",
+    per_cluster: bool = True,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+) -> None:
+    """Save an adapter as plain LoRA, which PEFT, vLLM and others load and serve without this package.
+
+    The LoRA hold the static weights that [`calibrate_trex_merge`] found, to the rounding of the adapter's dtype; their
+    rank is r_b or less, and lora_alpha equals it. The folder itself is the adapter for all prompts, "overall". With
+    `per_cluster` it also holds `cluster_00`, `cluster_01`, ..., one adapter for each cluster of prompts, and what
+    chooses between them: `router.json`, `router.safetensors` and `semantic_router.py`, a copy of the module with
+    [`SemanticRouter`], which needs NumPy and safetensors only.
+
+    Args:
+        model: a model with a T-REX adapter.
+        path: the folder, which must not exist yet, or be empty. The files appear in it when all are written.
+        adapter_name: the adapter.
+        per_cluster: save the clusters' adapters, too.
+        save_embedding_layers: as in PEFT's `save_pretrained`, with each LoRA; "auto" saves resized ones.
+
+    Raises:
+        FileExistsError: if there is something at `path` already.
+        ValueError: if there is no such adapter, `per_cluster` was not calibrated, the adapter trains biases, or its
+            weights are not finite.
+    """
+    tuner = find_tuner(model)
+    config, layers = tuner.config_of(adapter_name), tuner.layers_of(adapter_name)
+    _check_exportable(tuner, adapter_name, per_cluster)
+    if not per_cluster and adapter_name not in tuner.calibrated_adapters():
+        warnings.warn(APPROXIMATE, stacklevel=2)
+    saved = get_peft_model_state_dict(
+        find_peft_model(model), adapter_name=adapter_name, save_embedding_layers=save_embedding_layers
+    )
+    of_trex = tuple(f".{name}" for name in (*TRexLayer.adapter_layer_names, "trex_static"))
+    # Modules that are trained in full beside the adapter, such as a classification head, travel with each LoRA.
+    trained = {
+        key: tensor.cpu().contiguous()
+        for key, tensor in saved.items()
+        if not key.endswith(of_trex) and ".trex_prior." not in key
+    }
+    _check_finite(trained, adapter_name)
+    clusters = [f"cluster_{index:02d}" for index in range(config.num_clusters if per_cluster else 0)]
+    with _appearing(Path(path).resolve()) as folder:
+        for name, cluster in ((".", None), *((name, index) for index, name in enumerate(clusters))):
+            tensors, rank = _lora_tensors(layers, adapter_name, cluster)
+            lora = LoraConfig(
+                r=rank,
+                lora_alpha=rank,
+                target_modules=target_names(tuner.model, layers),
+                modules_to_save=config.modules_to_save if trained else None,
+                fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
+                task_type=config.task_type,
+                base_model_name_or_path=config.base_model_name_or_path,
+                revision=config.revision,
+                inference_mode=True,
+            )
+            (folder / name).mkdir(exist_ok=True)
+            save_file({**tensors, **trained}, folder / name / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+            lora.save_pretrained(str(folder / name))
+        if per_cluster:
+            _save_router(folder, tuner, adapter_name, clusters)
+
+
+def _check_exportable(tuner: TRexModel, adapter_name: str, per_cluster: bool) -> None:
+    bias = tuner.config_of(adapter_name).bias
+    if bias != "none":
+        raise ValueError(
+            f"The adapter {adapter_name!r} trains biases (bias={bias!r}), which a LoRA for serving does not carry; "
+            "train with bias='none', or merge the adapter."
+        )
+    for name, module in tuner.model.named_modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, TRexLayer):
+            raise ValueError(
+                f"Another method's adapter lies in the model ({name}, a {type(module).__name__}), which these LoRA "
+                "would not carry; merge or unload it before T-REX is put on top."
+            )
+    static = [layer.trex_static for layer in tuner.layers_of(adapter_name).values()]
+    if per_cluster and any(adapter_name not in cores or len(cores[adapter_name]) == 1 for cores in static):
+        raise ValueError(
+            f"The adapter {adapter_name!r} has no static weights for each cluster; call calibrate_trex_merge(model, "
+            "dataloader, per_cluster=True) first, or set per_cluster=False."
+        )
+
+
+@contextmanager
+def _appearing(path: Path) -> Iterator[Path]:
+    """Give a folder to write to. All that is in it moves to `path` in the end, or is gone if something fails."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(
+            f"There is something at {path} already, and it was left as it is; give another path, or remove it first."
+        )
+    created = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=path, prefix=".part-"))
+    moved: list[Path] = []
+    try:
+        yield work
+        # The configuration moves last, because without it nothing takes a folder for an adapter.
+        for entry in sorted(work.iterdir(), key=lambda entry: entry.name == CONFIG_NAME):
+            moved.append(path / entry.name)
+            entry.rename(moved[-1])
+        created, moved = [], []
+    finally:
+        shutil.rmtree(work)
+        for entry in moved:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+        for folder in created:
+            folder.rmdir()
+
+
+def _check_finite(tensors: Mapping[str, Tensor], adapter_name: str) -> None:
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"NaN or infinity is in {name} of the adapter {adapter_name!r}; nothing was saved.")
+
+
+def _lora_tensors(
+    layers: Mapping[str, TRexLayer], adapter_name: str, cluster: int | None
+) -> tuple[dict[str, Tensor], int]:
+    """The LoRA matrices of all layers by their names in PEFT's files, filled up to one rank, and this rank."""
+    factors = {name: layer.static_factors(adapter_name, cluster) for name, layer in layers.items()}
+    rank = max(len(down) for down, _ in factors.values())
+    tensors = {}
+    for name, (down, up) in factors.items():
+        dtype, missing = layers[name].trex_A[adapter_name].dtype, rank - len(down)
+        key = f"base_model.model.{name}.lora_"
+        tensors[f"{key}A.weight"] = F.pad(down, (0, 0, 0, missing)).to("cpu", dtype).contiguous()
+        tensors[f"{key}B.weight"] = F.pad(up, (0, missing)).to("cpu", dtype).contiguous()
+    # The check comes after the cast: in float16 a large product may have become infinity.
+    _check_finite(tensors, adapter_name)
+    return tensors, rank
+
+
+def target_names(model: nn.Module, layers: Mapping[str, TRexLayer]) -> list[str] | str:
+    """LoRA's `target_modules` that finds these layers and no others: short names if possible, else full ones."""
+    modules = [name for name, _ in model.named_modules()]
+    for names in ({name.rpartition(".")[2] for name in layers}, set(layers)):
+        ends = tuple(f".{name}" for name in names)
+        if {name for name in modules if name in names or name.endswith(ends)} == set(layers):
+            return sorted(names)
+    # One layer's name is the end of another module's, so only a pattern tells them apart.
+    return "|".join(re.escape(name) for name in sorted(layers))
+
+
+def _save_router(folder: Path, tuner: TRexModel, adapter_name: str, clusters: list[str]) -> None:
+    config, prior = tuner.config_of(adapter_name), tuner.prior_of(adapter_name)
+    # Clusters can only be calibrated with a prior.
+    assert prior is not None
+    tensors = {"centroids": prior.pulled_back(), "mean": prior.mean.float()}
+    if config.prior_encoder == "input_embeddings":
+        tensors["token_scores"] = _token_scores(tuner, prior)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    _check_finite(tensors, adapter_name)
+    save_file(tensors, folder / semantic_router.ROUTER_TENSORS)
+    settings: dict[str, Any] = {
+        "version": semantic_router.VERSION,
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "prior_encoder": config.prior_encoder,
+        "default": OVERALL,
+        "adapters": {OVERALL: ".", **{name: name for name in clusters}},
+        "clusters": clusters,
+    }
+    (folder / semantic_router.ROUTER_JSON).write_text(json.dumps(settings, indent=2) + "\n")
+    shutil.copyfile(semantic_router.__file__, folder / "semantic_router.py")
+
+
+@torch.no_grad()
+def _token_scores(tuner: TRexModel, prior: SemanticPrior) -> Tensor:
+    """The scores (V, K) before centring of each token as a prompt of its own; a prompt's are the mean over them."""
+    embedding = tuner.input_embedding()
+    assert embedding is not None
+    centroids, scores = prior.pulled_back().T, []
+    for ids in torch.arange(embedding.num_embeddings).split(4096):
+        embeds, _ = tuner.prompts.scorer.embed(Inputs.of({"input_ids": ids[:, None]}))
+        with torch.autocast(embeds.device.type, enabled=False):
+            scores.append(embeds @ centroids.to(embeds.device))
+    return torch.cat(scores)

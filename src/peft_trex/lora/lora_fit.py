@@ -1,0 +1,206 @@
+"""The mathematics of `trex_from_lora`: experts from LoRA factors, the prior's map, and the errors.
+
+Axis legend: n LoRA adapters, D_in and D_out a layer's widths, r_a input and r_b output vectors, E experts, K clusters,
+R the rank of all adapters of a layer together, P prompts. All tensors are float64 on the CPU.
+
+At the start the router R is zero. Each expert then has the weight `u = omega c_token / E` for the tokens, and a prompt
+with the scores s adds `(1 - omega) c_prior M s`. What such weights can express differs by layout:
+
+- paired: any sum of the experts b_e a_e^T. The experts are the largest singular parts of the adapters, scaled so that
+  the weight u makes the mean of all adapters. Then n u on its own experts, and 0 on the others, makes one adapter.
+- grid: B G^T A for any matrix G between shared bases, which are fitted to all adapters (Tucker-2). But equal weights
+  make a matrix of rank one. The bases are turned so that it is the best one for the mean of all adapters, and the
+  prior must add everything else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# The ridge of the prior map's regression is this share of the scores' mean square.
+RIDGE = 1e-4
+# The fit of a grid improves its two bases in turn, this many times.
+SWEEPS = 30
+# Equal weights in a grid are at least this share as strong as an adapter, also where the adapters' mean is weaker.
+LEAST_MEAN = 0.1
+# Omega and the gate are sigmoids of zero at the start.
+HALF = 0.5
+
+
+class Factors(NamedTuple):
+    """The weight `up @ down` that a LoRA adapter adds to a layer."""
+
+    up: Tensor  # (D_out, r), scaled
+    down: Tensor  # (r, D_in)
+
+
+class LayerLoras(NamedTuple):
+    """All adapters at one layer; None stands for an adapter that leaves it as it is."""
+
+    factors: list[Factors | None]
+    energies: Tensor  # (n,), |up down|^2
+
+
+class Experts(NamedTuple):
+    """Experts for one layer that are still to be scaled."""
+
+    A: Tensor  # (r_a, D_in)
+    B: Tensor  # (D_out, r_b)
+    pairs: tuple[Tensor, Tensor]  # (E,) each, the row of A and the column of B of each expert
+    weights: Tensor  # (n, E), the best ones for each adapter
+    equal_weight: float  # the weight of all experts that makes the adapters' mean
+    missed: Tensor  # (n,), energies that the best weights miss
+
+
+class PromptScores(NamedTuple):
+    """How the prior scores the prompts of each adapter."""
+
+    means: Tensor  # (n, K)
+    squares: Tensor  # (n, K, K), second moments
+    indicators: (
+        Tensor  # (K, n): s @ indicators is nearly 1 for the adapter whose prompt has the scores s, 0 for others
+    )
+
+
+class Start(NamedTuple):
+    """The parameters that a layer starts with, and the energies that they miss."""
+
+    A: Tensor  # (r_a, D_in)
+    B: Tensor  # (D_out, r_b)
+    map: Tensor  # (E, K), or () without prompts
+    missed: Tensor  # (n,), the mean over each adapter's prompts
+
+
+def measure(factors: Sequence[Factors | None]) -> LayerLoras:
+    """Measure the adapters at one layer; factors of zero change nothing there."""
+    changing = [pair if pair is not None and pair.up.any() and pair.down.any() else None for pair in factors]
+    energies = torch.zeros(len(factors), dtype=torch.float64)
+    for number, pair in enumerate(changing):
+        if pair is not None:
+            core = torch.linalg.qr(pair.up)[1] @ torch.linalg.qr(pair.down.T)[1].T
+            energies[number] = core.square().sum()
+    return LayerLoras(changing, energies)
+
+
+def paired_experts(loras: LayerLoras, unused: Tensor) -> Experts:
+    """Make experts of the singular parts with the largest shares of their adapters.
+
+    Where there are more experts than singular parts, the others keep their rows of `unused` (E, D_in) in A.
+    """
+    experts, adapters = len(unused), len(loras.factors)
+    singular, owners = [], []
+    for number, factors in enumerate(loras.factors):
+        if factors is not None:
+            (left, core_left), (right, core_right) = torch.linalg.qr(factors.up), torch.linalg.qr(factors.down.T)
+            u, s, v = torch.linalg.svd(core_left @ core_right.T)
+            singular.append(((left @ u)[:, : len(s)].T, s, (v @ right.T)[: len(s)]))
+            owners.append(torch.full(s.shape, number))
+    U, S, V = (torch.cat(parts) for parts in zip(*singular, strict=True))
+    owner = torch.cat(owners)
+    shares = S.square() / loras.energies[owner]
+    kept = shares.sort(descending=True, stable=True)[1][:experts].sort()[0]
+    root = S[kept].sqrt()[:, None]
+    A, B = unused.clone(), S.new_zeros(U.shape[1], experts)
+    A[: len(kept)], B[:, : len(kept)] = root * V[kept], (root * U[kept]).T
+    weights = S.new_zeros(adapters, experts)
+    weights[owner[kept], torch.arange(len(kept))] = 1.0
+    dropped = torch.ones_like(owner, dtype=torch.bool)
+    dropped[kept] = False
+    missed = [S[dropped & (owner == number)].square().sum() for number in range(adapters)]
+    pairs = torch.arange(experts), torch.arange(experts)
+    return Experts(A, B, pairs, weights, equal_weight=1 / adapters, missed=torch.stack(missed))
+
+
+def grid_experts(loras: LayerLoras, r_a: int, r_b: int) -> Experts:
+    """Fit shared bases to all adapters, and turn them so that equal weights make the best of rank one for the mean."""
+    changing = [factors for factors in loras.factors if factors is not None]
+    left, core_left = torch.linalg.qr(torch.cat([factors.up for factors in changing], 1))
+    right, core_right = torch.linalg.qr(torch.cat([factors.down for factors in changing]).T)
+    ranks = [0 if factors is None else len(factors.down) for factors in loras.factors]
+    cores = zip(core_left.split(ranks, 1), core_right.split(ranks, 1), strict=True)
+    S = torch.stack([up @ down.T for up, down in cores])  # (n, R, R)
+    # In the fit each adapter counts the same.
+    unit = S / loras.energies.clamp(min=torch.finfo(S.dtype).tiny).sqrt()[:, None, None]
+    a, b = min(r_a, S.shape[2]), min(r_b, S.shape[1])
+    L, R = _leading(unit, b), _leading(unit.mT, a)
+    for _ in range(SWEEPS):
+        L = _leading(unit @ R, b)
+        R = _leading((L.T @ unit).mT, a)
+    C = L.T @ S @ R  # (n, b, a)
+    u, s, v = torch.linalg.svd(C.mean(0))
+    turn_left, turn_right = _reflection(u[:, 0]), _reflection(v[0])
+    C = turn_left.T @ C @ turn_right
+    typical = C.square().sum((1, 2))[loras.energies > 0].mean().sqrt()
+    equal_weight = float(torch.maximum(s[0], LEAST_MEAN * typical)) / math.sqrt(a * b)
+    # B is multiplied by the equal weight later, and with this root A becomes as large as B.
+    root = math.sqrt(equal_weight)
+    A, B, weights = S.new_zeros(r_a, len(right)), S.new_zeros(len(left), r_b), S.new_zeros(len(S), r_a, r_b)
+    A[:a], B[:, :b], weights[:, :a, :b] = (right @ R @ turn_right).T, left @ L @ turn_left, C.mT
+    missed = (S - L @ (L.T @ S @ R) @ R.T).square().sum((1, 2))
+    pairs = torch.arange(r_a).repeat_interleave(r_b), torch.arange(r_b).repeat(r_a)
+    return Experts(root * A, B / root, pairs, weights.flatten(1), equal_weight, missed)
+
+
+def _leading(matrices: Tensor, rank: int) -> Tensor:
+    """The leading left singular vectors (a, rank) of the matrices (n, a, b) side by side."""
+    return torch.linalg.svd(matrices.transpose(0, 1).flatten(1), full_matrices=False)[0][:, :rank]
+
+
+def _reflection(vector: Tensor) -> Tensor:
+    """The reflection (a, a) that exchanges a unit vector (a,) and the one of equal entries."""
+    difference = torch.full_like(vector, 1 / math.sqrt(len(vector))) - vector
+    length = difference.square().sum()
+    identity = torch.eye(len(vector), dtype=vector.dtype)
+    return identity if length < 1e-30 else identity - 2 * torch.outer(difference, difference) / length
+
+
+def prompt_scores(scores: Sequence[Tensor]) -> PromptScores:
+    """Regress each prompt's adapter on its scores: (P, K) for each adapter, all of which count the same."""
+    means = torch.stack([prompts.mean(0) for prompts in scores])
+    squares = torch.stack([prompts.T @ prompts / len(prompts) for prompts in scores])
+    total = squares.sum(0)
+    total += RIDGE * total.diagonal().mean() * torch.eye(len(total), dtype=total.dtype)
+    return PromptScores(means, squares, indicators=torch.linalg.solve(total, means.T))
+
+
+def start(
+    loras: LayerLoras, experts: Experts, uniform: float, prior_scale: float, scores: PromptScores | None
+) -> Start:
+    """Scale the experts, fit the prior's map, and measure what both miss at the start.
+
+    With the experts' Gram matrix H, and their inner products h with an adapter's weight dW, the weights g make a
+    matrix W with `|dW - W|^2 = |dW|^2 - 2 h g + g H g`. Its mean needs only the mean and the second moment of g.
+
+    Args:
+        loras: the adapters at the layer.
+        experts: from `paired_experts` or `grid_experts`.
+        uniform: u, the weight of each expert from the router.
+        prior_scale: (1 - omega) c_prior.
+        scores: of the adapters' prompts; without them the prior adds nothing.
+    """
+    A, scale = experts.A, experts.equal_weight / (HALF * uniform)
+    B, prior_map = scale * experts.B, torch.zeros(())
+    if scores is not None:
+        # The prior has to add what equal weights lack.
+        lacking = experts.weights / (HALF * scale) - uniform  # (n, E)
+        prior_map = lacking.T @ scores.indicators.T / prior_scale
+    rows, columns = experts.pairs
+    a, b = A[rows], HALF * B[:, columns]  # (E, D_in), (D_out, E)
+    H = (a @ a.T) * (b.T @ b)
+    missed = loras.energies.clone()
+    for number, factors in enumerate(loras.factors):
+        mean, square = H.new_full((len(H),), uniform), H.new_full(H.shape, uniform**2)
+        if scores is not None:
+            more = prior_scale * prior_map @ scores.means[number]
+            spread = prior_scale**2 * prior_map @ scores.squares[number] @ prior_map.T
+            mean, square = mean + more, square + uniform * (more[:, None] + more) + spread
+        if factors is not None:
+            h = ((b.T @ factors.up) * (a @ factors.down.T)).sum(1)
+            missed[number] -= 2 * h @ mean
+        missed[number] += (H * square).sum()
+    return Start(A, B, prior_map, missed.clamp(min=0))

@@ -1,0 +1,144 @@
+"""LoRA adapters as they are found in folders or loaded models: their factors, checked and scaled."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import _get_in_out_features
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..loading import check_adapter_file
+from .lora_fit import Factors
+
+Source = str | os.PathLike | PeftModel | tuple[PeftModel, str]
+PREFIX = "base_model.model."
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+# With these options of LoRA an adapter is more than scaling * B A on the base model as it is.
+VARIANTS = (
+    "use_dora use_qalora use_bdlora lora_bias bias modules_to_save layer_replication target_parameters "
+    "trainable_token_indices alora_invocation_tokens arrow_config monteclora_config velora_config kasa_config"
+).split()
+# These starts of LoRA leave the base weights alone.
+KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal")
+
+
+class Lora(NamedTuple):
+    """A LoRA adapter, with the scaled factors of each module, float64 on the CPU."""
+
+    name: str
+    config: LoraConfig
+    factors: dict[str, Factors]
+
+
+def read_lora(source: Source) -> Lora:
+    """Read an adapter's factors from its folder, or from a loaded model; the errors are those of `trex_from_lora`."""
+    scalings: dict[str, float] = {}
+    if isinstance(source, (str, os.PathLike)):
+        folder = Path(source)
+        name, title = folder.name, f"The adapter in {folder}"
+        config, tensors = _read_folder(folder, title)
+    else:
+        model, chosen = source if isinstance(source, tuple) else (source, None)
+        if not isinstance(model, PeftModel):
+            raise TypeError(
+                f"An adapter is a {type(model).__name__}; expected a folder, PeftModel or (PeftModel, name)."
+            )
+        name = chosen or model.active_adapter
+        title = f"The adapter {name!r}"
+        if name not in model.peft_config:
+            raise ValueError(f"There is no adapter {name!r} in the loaded model; it has {sorted(model.peft_config)}.")
+        config = _check_plain(model.peft_config[name], title)
+        tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        # The scaling of a loaded layer may have been changed since it was made.
+        for path, layer in model.get_base_model().named_modules():
+            if isinstance(layer, LoraLayer) and name in layer.scaling:
+                scalings[path] = layer.scaling[name]
+    others = [key for key in tensors if not key.endswith((DOWN, UP)) or not key.startswith(PREFIX)]
+    if others:
+        raise ValueError(
+            f"{title} holds {len(others)} tensors that are no factors of linear layers, such as {others[0]}; they "
+            "cannot become experts. Train the adapter without embeddings, biases and modules_to_save."
+        )
+    paths = sorted({key.removeprefix(PREFIX)[: -len(DOWN)] for key in tensors})
+    factors = {path: _scaled(tensors, path, config, scalings.get(path), title) for path in paths}
+    if not any(bool(up.any()) and bool(down.any()) for up, down in factors.values()):
+        raise ValueError(f"{title} is zero, as before any training; there is nothing to begin with.")
+    return Lora(str(name), config, factors)
+
+
+def _read_folder(folder: Path, title: str) -> tuple[LoraConfig, dict[str, Tensor]]:
+    if not (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} is no folder with an adapter: there is no adapter_config.json.")
+    config = _check_plain(PeftConfig.from_pretrained(str(folder)), title)
+    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise ValueError(
+            f"{title} has no {SAFETENSORS_WEIGHTS_NAME}. Other files are not read, because pickles can run code: "
+            "save it again with save_pretrained."
+        )
+    check_adapter_file(str(folder))
+    return config, load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+
+
+def _check_plain(config: Any, title: str) -> LoraConfig:
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"{title} is a {config.peft_type} adapter; expected LoRA.")
+    for name in VARIANTS:
+        value = getattr(config, name, None)
+        if value and value != "none":
+            raise ValueError(f"{title} was made with {name}={value!r}, which T-REX cannot take over.")
+    if config.init_lora_weights not in KEEPS_BASE:
+        raise ValueError(
+            f"{title} was made with init_lora_weights={config.init_lora_weights!r}, which changes the base weights. "
+            "Convert it to a plain LoRA: save_pretrained with path_initial_model_for_weight_conversion."
+        )
+    return config
+
+
+def _scaled(
+    tensors: Mapping[str, Tensor], path: str, config: LoraConfig, scaling: float | None, title: str
+) -> Factors:
+    """The factors of one module; without a scaling, it is computed from the configuration."""
+    down, up = tensors.get(PREFIX + path + DOWN), tensors.get(PREFIX + path + UP)
+    if down is None or up is None or down.dim() != 2 or up.dim() != 2 or len(down) != up.shape[1]:
+        shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (down, up)]
+        raise ValueError(f"{title} has the factors {shapes} for {path}; expected (r, D_in) and (D_out, r).")
+    down, up = down.detach().double().cpu(), up.detach().double().cpu()
+    if not (down.isfinite().all() and up.isfinite().all()):
+        raise ValueError(f"{title} has factors for {path} that are not finite.")
+    if scaling is None:
+        pattern = config.alpha_pattern or {}
+        alpha = pattern.get(get_pattern_key(list(pattern), path), config.lora_alpha)
+        scaling = alpha / (math.sqrt(len(down)) if config.use_rslora else len(down))
+    return Factors(up * scaling, down)
+
+
+def factors_by_layer(model: nn.Module, loras: list[Lora]) -> dict[str, list[Factors | None]]:
+    """Every adapter's factors for each module that any of them changes, in the order of the base model's modules."""
+    paths = {path for lora in loras for path in lora.factors}
+    modules = {name: module for name, module in model.named_modules() if name in paths}
+    for name, module in modules.items():
+        inputs, outputs = _get_in_out_features(module)
+        for lora in loras:
+            if name in lora.factors:
+                up, down = lora.factors[name]
+                if (down.shape[1], up.shape[0]) != (inputs, outputs):
+                    raise ValueError(
+                        f"The adapter {lora.name!r} has factors ({down.shape[1]} to {up.shape[0]}) for {name}, which "
+                        f"goes from {inputs} to {outputs}: it belongs to another base model."
+                    )
+    unknown = sorted(paths - set(modules))
+    if unknown:
+        raise ValueError(
+            f"The base model has no module {unknown[0]}, which a LoRA adapter changes ({len(unknown)} in all): it "
+            "belongs to another base model."
+        )
+    return {name: [lora.factors.get(name) for lora in loras] for name in modules}

@@ -1,0 +1,184 @@
+"""The parameters of the adapters in one layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from torch import Tensor, nn
+
+from .config import TRexConfig
+from .mixture import Experts, Settings
+from .prior.channel import PriorChannel
+
+KINDS = tuple(f"trex_{field}" for field in Experts._fields)
+
+
+class TRexParameters(BaseTunerLayer):
+    """The parameters of the T-REX adapters of one layer, and their settings.
+
+    Axis legend: E experts, K clusters, Q the rank of a reduced router; `mixture.py` explains the others.
+    """
+
+    adapter_layer_names: tuple[str, ...] = (
+        "trex_A",  # (r_a, D_in)
+        "trex_B",  # (D_out, r_b)
+        "trex_router",  # (E, D_in), absent with use_router=False; (E, Q) if the router is reduced to rank Q
+        "trex_router_down",  # (Q, D_in), absent unless the router is reduced
+        "trex_map",  # (E, K), absent unless learned
+        "trex_omega",  # (1,), a logit; of one axis because FSDP shards no scalars
+        "trex_gate",  # (1,), a logit
+    )
+    other_param_names: tuple[str, ...] = (
+        "trex_dropout",
+        "trex_settings",
+        "trex_fused",
+        "trex_uses_prior",
+        "trex_chosen",
+        "trex_static",
+    )
+
+    def __init__(self, base_layer: nn.Module, channel: PriorChannel) -> None:
+        self.base_layer = base_layer
+        self.trex_A = nn.ParameterDict()
+        self.trex_B = nn.ParameterDict()
+        self.trex_router = nn.ParameterDict()
+        self.trex_router_down = nn.ParameterDict()
+        self.trex_map = nn.ParameterDict()
+        self.trex_omega = nn.ParameterDict()
+        self.trex_gate = nn.ParameterDict()
+        self.trex_dropout = nn.ModuleDict()
+        # A calibrated adapter has a static core for all tokens, and perhaps one for each cluster's: C with `m = C a`,
+        # (1 or 1 + K, r_b, r_a), or a wide C with `m = C x`, (1 or 1 + K, r_b, D_in).
+        self.trex_static = BufferDict(persistent=True)
+        self.trex_settings: dict[str, dict[str, Any]] = {}
+        # Adapters that must take the readable formula have None here.
+        self.trex_fused: dict[str, Settings | None] = {}
+        self.trex_uses_prior: dict[str, bool] = {}
+        # After pruning with the identity map, these are the clusters that the remaining experts belong to.
+        self.trex_chosen: dict[str, Tensor] = {}
+        self._channel = channel
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        # A quantised base weight is kept while an adapter is merged into it.
+        self._former_weight: dict[str, Any] | None = None
+        shape: Any = _get_in_out_features(self.get_base_layer())
+        self.in_features, self.out_features = shape
+
+    def update_layer(self, adapter_name: str, config: TRexConfig, layer_name: str = "") -> None:
+        """Add an adapter, or replace the one of this name; the layer's own name tells which experts it has."""
+        (inputs, outputs), chosen = config.vectors_of(layer_name), config.experts_of(layer_name)
+        experts, width = len(chosen), config.router_rank or self.in_features
+        shapes = {
+            "trex_A": (len(inputs), self.in_features),
+            "trex_B": (self.out_features, len(outputs)),
+            "trex_router": (experts, width) if config.use_router else None,
+            "trex_router_down": (width, self.in_features) if config.router_rank else None,
+            "trex_map": (experts, config.num_clusters) if config.learned_map else None,
+            "trex_omega": (1,),
+            "trex_gate": (1,),
+            "trex_static": None,
+        }
+        for name, shape in shapes.items():
+            tensors = getattr(self, name)
+            # An adapter that is replaced may have had tensors that the new one lacks.
+            if adapter_name in tensors:
+                del tensors[adapter_name]
+            if shape is not None:
+                tensors[adapter_name] = nn.Parameter(torch.empty(shape))
+        self.trex_dropout[adapter_name] = nn.Dropout(config.trex_dropout) if config.trex_dropout else nn.Identity()
+        settings = Settings(
+            config.token_scale_of(layer_name),
+            config.prior_scale,
+            config.gate_temperature,
+            config.expert_layout,
+            None if config.router_top_k is None else min(config.router_top_k, experts),
+        )
+        self.trex_settings[adapter_name] = settings._asdict()
+        # Without a router, no path is faster than the formula.
+        fused = config.use_router and config.mixture_implementation == "auto"
+        self.trex_fused[adapter_name] = settings if fused else None
+        self.trex_uses_prior[adapter_name] = config.use_prior
+        self.trex_chosen.pop(adapter_name, None)
+        if config.use_prior and not config.learned_map and experts < config.num_experts:
+            # No state dict has it, so it must not be made on the meta device, as parameters may be.
+            self.trex_chosen[adapter_name] = torch.tensor(chosen, device="cpu")
+        # PEFT keeps these frozen whenever it makes the adapter trainable. The dict belongs to PEFT's class at first.
+        frozen = ("trex_A", "trex_B") if config.trainable == "router" else ()
+        self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: frozen}
+        self.reset_trex_parameters(adapter_name, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def reset_trex_parameters(self, adapter_name: str, init_weights: bool | Literal["random_router"] = True) -> None:
+        """The start that `TRexConfig.init_weights` names; with any but False the adapter's output is zero at first."""
+        at_zero = {True: ["trex_B", "trex_router"], "random_router": ["trex_B"], False: []}[init_weights]
+        for name in self.adapter_layer_names:
+            parameters = getattr(self, name)
+            if adapter_name not in parameters:
+                continue
+            if name in (*at_zero, "trex_omega", "trex_gate"):
+                nn.init.zeros_(parameters[adapter_name])
+            else:
+                nn.init.kaiming_uniform_(parameters[adapter_name], a=math.sqrt(5))
+
+    def parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
+        """The adapter's parameters in this layer."""
+        kinds = (getattr(self, name) for name in self.adapter_layer_names)
+        return [parameters[adapter_name] for parameters in kinds if adapter_name in parameters]
+
+    def keep_static(self, adapter_name: str, static: Tensor | None) -> None:
+        """Store the static cores of a calibrated adapter, or drop them with None."""
+        if static is not None:
+            self.trex_static[adapter_name] = static.to(self.trex_A[adapter_name].device)
+            self._channel.calibrated.add(adapter_name)
+        elif adapter_name in self.trex_static:
+            del self.trex_static[adapter_name]
+
+    def adopt(self, channel: PriorChannel) -> nn.ModuleDict:
+        """Read from another channel from now on; the priors of the former one are returned."""
+        former, self._channel = self._channel, channel
+        channel.calibrated |= former.calibrated
+        return former.priors
+
+    def experts_of(self, adapter_name: str) -> Experts:
+        """The adapter's tensors in this layer."""
+        # As in _find, whose calls decoding would feel.
+        modules: Any = self._modules  # type: ignore[attr-defined]
+        tensors = []
+        for kind in KINDS:
+            direct = modules[kind]._parameters
+            tensors.append(direct[adapter_name] if adapter_name in direct else self._find(kind, adapter_name))
+        return Experts(*tensors)
+
+    def settings_of(self, adapter_name: str) -> Settings:
+        """The adapter's constants in this layer."""
+        return Settings(**self.trex_settings[adapter_name])
+
+    def _find(self, kind: str, adapter_name: str) -> Any:
+        """One of the adapter's parameters, None if it has none of that kind."""
+        parameters: Any = self._modules[kind]  # type: ignore[attr-defined]
+        # Decoding feels the time that nn.Module's own way takes. What wraps or shards modules may leave no other, and
+        # DeepSpeed's ZeRO-3 notices an access by brackets, but not by get.
+        direct = parameters._parameters
+        if adapter_name in direct:
+            return direct[adapter_name]
+        return parameters[adapter_name] if adapter_name in parameters else None
+
+    @contextmanager
+    def _onloaded(self) -> Iterator[None]:
+        """Have accelerate bring offloaded parameters: it does so before a forward, and a ParameterDict has none."""
+        offloaded: list[Any] = [module for name in self.adapter_layer_names if (module := getattr(self, name))]
+        offloaded = [module for module in offloaded if hasattr(module, "_hf_hook")]
+        for module in offloaded:
+            module._hf_hook.pre_forward(module)
+        try:
+            yield
+        finally:
+            for module in offloaded:
+                module._hf_hook.post_forward(module, None)

@@ -1,0 +1,88 @@
+"""What the way of a prior knows of a model: its base model, and each adapter's configuration, prior and layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import TaskType
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from .semantic_prior import SemanticPrior
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """A view of the adapters of one model, which stays true when adapters come and go.
+
+    Attributes:
+        base: the base model, with the adapted layers in it.
+        configs: the configuration of each adapter.
+        priors: the prior of each adapter that has one.
+        active: gives the names of the active adapters.
+        layers: gives the names and the adapted layers of the base model.
+        before_training: is called before a forward that will train calibrated adapters.
+    """
+
+    base: nn.Module
+    configs: Mapping[str, Any]
+    priors: nn.ModuleDict
+    active: Callable[[], list[str]]
+    layers: Callable[[], Iterable[tuple[str, Any]]]
+    before_training: Callable[[], None]
+
+    def prior_of(self, name: str) -> SemanticPrior | None:
+        """The semantic prior of an adapter, or None if it has none."""
+        prior = self.priors[name] if name in self.priors else None
+        assert prior is None or isinstance(prior, SemanticPrior)
+        return prior
+
+    def encoder_of(self, name: str) -> str:
+        """What computes the prompts' embeddings of an adapter: "input_embeddings" or "external"."""
+        return self.configs[name].prior_encoder
+
+    def with_prior(self) -> list[str]:
+        """The active adapters that use a prior."""
+        return [name for name in self.active() if self.configs[name].use_prior]
+
+    def running(self) -> list[str]:
+        """The active adapters that use a prior, while adapters are enabled and not merged."""
+        if all(layer.disable_adapters or layer.merged for _, layer in self.layers()):
+            return []
+        return self.with_prior()
+
+    def is_causal(self) -> bool:
+        """Whether labels that stand beside the input mark an answer; in an encoder they mark something else."""
+        if getattr(getattr(self.base, "config", None), "is_encoder_decoder", False):
+            return False
+        tasks = {self.configs[name].task_type for name in self.active()} - {None}
+        if tasks:
+            return TaskType.CAUSAL_LM in tasks
+        return isinstance(self.base, PreTrainedModel) and self.base.can_generate()
+
+    def embedding(self) -> nn.Embedding | None:
+        """The base model's frozen token embedding, or None for a model without one."""
+        return find_embedding(self.base)
+
+    def home(self) -> torch.device:
+        """The device that a batch belongs on."""
+        embedding = self.embedding()
+        return next(self.base.parameters()).device if embedding is None else embedding.weight.device
+
+
+def find_embedding(base: Any) -> nn.Embedding | None:
+    """The frozen token embedding of a base model, or None for one without."""
+    try:
+        embedding = base.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    if isinstance(embedding, AuxiliaryTrainingWrapper):  # trained beside the adapter; the frozen one is kept in it
+        embedding = embedding.original_module
+    if isinstance(embedding, BaseTunerLayer):
+        embedding = embedding.get_base_layer()
+    return embedding if isinstance(embedding, nn.Embedding) else None

@@ -1,0 +1,119 @@
+"""The one arrow from the model down to its layers, and how it survives gradient checkpointing.
+
+Axis legend: B rows of a batch, T tokens, K clusters.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .state import ForwardState, Override
+
+
+class _Running(threading.local):
+    """What runs now, in each thread by itself: servers call one model from several. A copy starts with nothing.
+
+    `state` belongs to the forward of the module `owner`, `generation` to the generate call around it, and `override`
+    to the block of `steer_trex` around that.
+    """
+
+    def __init__(self) -> None:
+        # Each thread calls this anew. Attributes of the class would do, but torch.compile goes wrong on them.
+        self.state: ForwardState | None = None
+        self.owner: nn.Module | None = None
+        self.generation: ForwardState | None = None
+        self.override: Override | None = None
+
+    def __deepcopy__(self, memo: Any) -> _Running:
+        return _Running()
+
+    def __reduce__(self) -> Any:
+        return _Running, ()
+
+
+class PriorChannel:
+    """The one arrow from the model down to its layers: the prior of the forward that is running now.
+
+    A layer asks for its rows of it; outside of a forward there is none. Gradient checkpointing runs a layer again when
+    its forward is over, and perhaps another one in between: `run` gives such a call the prior it had the first time.
+    """
+
+    def __init__(self, priors: nn.ModuleDict) -> None:
+        self.priors = priors
+        self.running = _Running()
+        self.calibrated: set[str] = set()  # adapters whose layers hold static weights
+
+    def run(self, state: ForwardState | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call `function` as part of the forward that `state` belongs to."""
+        before, self.running.state = self.running.state, state
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self.running.state = before
+
+    def fitted(self, adapter_name: str) -> bool:
+        return adapter_name in self.priors and self.priors[adapter_name].fitted  # type: ignore[return-value]
+
+    def mean_scores(self, adapter_name: str) -> Tensor | None:
+        """(K,), or None while the prior is not fitted."""
+        return self.priors[adapter_name].mean_scores if self.fitted(adapter_name) else None  # type: ignore[return-value]
+
+    def scores(self, adapter_name: str, x: Tensor) -> Tensor | None:
+        """Scores (B, K), (1, K) or (B, T, K) that go with a layer's input `x` (B, ..., D_in); None counts as zero."""
+        state = self.running.state
+        if state is None:
+            if not self.fitted(adapter_name):
+                return None
+            raise RuntimeError(
+                "A T-REX layer ran outside of a forward of its model, so the prompt's prior is not known. Call the "
+                "model itself; if an activation checkpointing other than transformers' calls the layers again, use "
+                "model.activation_checkpointing_enable() instead (gradient_checkpointing_enable() before "
+                "transformers 5.24)."
+            )
+        scores = state.scores.get(adapter_name)
+        if scores is None:
+            return None
+        # A model may be spread over several devices.
+        if scores.device != x.device:
+            scores = scores.to(x.device)
+        rows = scores.shape[0]
+        if scores.dim() == 3:
+            if x.shape[:-1] == scores.shape[:-1]:
+                return scores
+            if x.dim() == 2 and x.shape[0] == rows * scores.shape[1]:
+                return scores.flatten(0, 1)
+        elif rows in (1, x.shape[0]):
+            return scores
+        elif x.dim() == 2 and any(x.shape[0] == rows * length for length in state.lengths):
+            return scores.repeat_interleave(x.shape[0] // rows, dim=0)  # (B * T, K)
+        raise ValueError(
+            f"A T-REX layer got an input of shape {tuple(x.shape)} in a forward of {rows} prompts; it cannot tell "
+            "which prompt each row belongs to. Leave such modules (routed experts, for instance) out with "
+            "exclude_modules, or set use_prior=False."
+        )
+
+
+class CheckpointWithPrior:
+    """A checkpoint function, of transformers' activation checkpointing, whose second run sees the first's prior."""
+
+    def __init__(self, checkpoint: Callable[..., Any], channel: PriorChannel) -> None:
+        self.checkpoint = checkpoint
+        self.channel = channel
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        state, channel, differentiable = self.channel.running.state, self.channel, torch.is_grad_enabled()
+
+        def rerun(*inner_args: Any, **inner_kwargs: Any) -> Any:
+            if differentiable and not torch.is_grad_enabled() and state is not None and state.losses is not None:
+                raise ValueError(
+                    "Reentrant gradient checkpointing first runs layers without gradients, where balance_loss_coef "
+                    "and router_z_loss_coef have no effect. Enable it with use_reentrant=False, or set both to 0."
+                )
+            return channel.run(state, function, *inner_args, **inner_kwargs)
+
+        return self.checkpoint(rerun, *args, **kwargs)

@@ -1,0 +1,109 @@
+"""The semantic prior: what a prompt's embedding says about the experts.
+
+Axis legend: B prompts of a batch, d width of the embedding, K clusters, p directions if whitened.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class SemanticPrior(nn.Module):
+    """Centroids of the training prompts' embeddings, and the score of a prompt against each of them.
+
+    `s_k = cos(e - mean, c_k)` for the prompt's embedding `e` (arXiv 2404.08985, the instance-level intuition; the
+    centring is ours), or `cos(W (e - mean), c_k)` with whitening `W`. The buffers are saved and loaded with the
+    adapter; all are zero until the prior is fitted.
+
+    Args:
+        num_clusters: K.
+        dim: d, the embedding's width.
+        whitened: p, the number of principal directions that prompts are compared along; None for all of the
+            embedding, as it is.
+
+    Raises:
+        ValueError: if p is more than d.
+    """
+
+    centroids: Tensor  # (K, d), or (K, p) whitened; rows of length one
+    whitening: Tensor | None  # (p, d)
+    mean: Tensor  # (d,)
+    mean_scores: Tensor  # (K,)
+
+    def __init__(self, num_clusters: int, dim: int, whitened: int | None = None) -> None:
+        super().__init__()
+        if whitened is not None and whitened > dim:
+            raise ValueError(f"prior_whitening={whitened} is more than {dim}, the width of the prompts' embeddings.")
+        self.register_buffer("centroids", torch.zeros(num_clusters, whitened or dim))
+        self.register_buffer("whitening", torch.zeros(whitened, dim) if whitened else None)
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("mean_scores", torch.zeros(num_clusters))
+        self._fitted: bool | None = None
+        self.register_load_state_dict_post_hook(SemanticPrior.look)
+
+    @property
+    def dim(self) -> int:
+        """The width d of the embedding."""
+        return self.mean.shape[0]
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the centroids are known."""
+        # DDP copies the buffers of rank 0 to the other ranks, so an unfitted prior may have become a fitted one.
+        if not self._fitted and not torch.compiler.is_compiling():
+            self.look()
+        return bool(self._fitted)
+
+    def look(self, *_: Any) -> None:
+        """Read from the centroids whether the prior is fitted; on a GPU this waits for the device."""
+        self._fitted = None if self.centroids.is_meta else bool(self.centroids.any())
+
+    @torch.no_grad()
+    def set(self, centroids: Tensor, mean: Tensor, mean_scores: Tensor, whitening: Tensor | None = None) -> None:
+        """Take over a finished fit, all at once."""
+        self.centroids.copy_(F.normalize(centroids, dim=-1))
+        if self.whitening is not None:
+            assert whitening is not None
+            self.whitening.copy_(whitening)
+        self.mean.copy_(mean)
+        self.mean_scores.copy_(mean_scores)
+        self.look()
+
+    @torch.no_grad()
+    def score(self, embedding: Tensor) -> Tensor:
+        """Scores (B, K) in [-1, 1], float32, of prompt embeddings (B, d)."""
+        return self.score_direction(self.direction(embedding))
+
+    @torch.no_grad()
+    def direction(self, embedding: Tensor) -> Tensor:
+        """Directions (B, d) or (B, p), float32, that are compared with the centroids, of embeddings (B, d)."""
+        device = embedding.device
+        centred = embedding.float() - self.mean.to(device).float()
+        if self.whitening is None:
+            return centred
+        with torch.autocast(device.type, enabled=False):
+            return centred @ self.whitening.to(device).float().T
+
+    @torch.no_grad()
+    def score_direction(self, direction: Tensor) -> Tensor:
+        """Scores (B, K) of such directions, of any length."""
+        device = direction.device
+        with torch.autocast(device.type, enabled=False):
+            return F.normalize(direction.float(), dim=-1) @ self.centroids.to(device).float().T
+
+    @torch.no_grad()
+    def pulled_back(self) -> Tensor:
+        """Vectors (K, d), float32, whose products with `e - mean` are the scores, up to a factor of the prompt's.
+
+        The longest has length one.
+        """
+        centroids = self.centroids.float()
+        if self.whitening is None:
+            return centroids
+        with torch.autocast(centroids.device.type, enabled=False):
+            vectors = centroids @ self.whitening.float()
+        return vectors / vectors.norm(dim=-1).max().clamp(min=1e-30)

@@ -1,0 +1,59 @@
+"""Steering: a block in which the prior is set instead of computed, which routes a prompt to a chosen skill.
+
+Axis legend: B rows of a batch, K clusters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from torch import nn
+
+from .model import find_tuner
+from .prior.override import find_steerable, resolve
+
+
+@contextmanager
+def steer_trex(model: nn.Module, semantic_prior: Any) -> Iterator[None]:
+    """Set the semantic prior of all that the model runs within the block, instead of computing it from the prompts.
+
+        with steer_trex(model, 3):                            # the skill of cluster 3
+            model.generate(**inputs)
+        model.generate(**inputs, semantic_prior=[3, -1, 5])   # the same for one call, row by row
+
+    Every forward and `generate` takes the same as the argument `semantic_prior`, which goes before a block around it;
+    within blocks the innermost counts. What goes on from a cache keeps the prior that its prompt had.
+
+    Blocks hold for the thread that they are entered in. Adapters that are disabled take no part, and are not asked for
+    anything; the token router stays as it is.
+
+    Args:
+        model: a model with a T-REX adapter, as `get_peft_model` returns it or around that.
+        semantic_prior: for all rows at once, or row by row (by sequence, where rows pack several):
+
+            - cluster ids in [0, K), an int or whole numbers (B,): the scores are the cosines cos(c_k, c_j) of that
+              centroid with all. -1 leaves a row to its own prompt.
+            - floats (K,) or (B, K), at least 0: a mixture of the clusters, scored as the sum of the centroids with
+              these weights. A row of zeros is left to its own prompt.
+            - a mapping, as the forward takes it: example prompts, one or B of them, as `input_ids` with an
+              `attention_mask` (what a tokenizer returns), or as `semantic_embeds` (B, prior_dim) for adapters with
+              `prior_encoder="external"`. One without tokens, or all zero, leaves its row to its own prompt.
+            - a mapping from the names of active adapters to any of these: clusters mean something else to each.
+
+    Raises:
+        ValueError, TypeError: if no active adapter has a fitted prior, one is merged, or the value is none of these,
+            names unknown clusters or adapters, holds NaN, or has another number of rows than a call. Of several
+            adapters with a prior, clusters and mixtures need the name.
+    """
+    prompts = find_tuner(model).prompts
+    examples = isinstance(semantic_prior, Mapping)
+    with prompts.scorer.whole_embedding() if examples else nullcontext():
+        override = resolve(prompts.scorer, semantic_prior, find_steerable(prompts.adapters))
+    running = prompts.channel.running
+    before, running.override = running.override, override
+    try:
+        yield
+    finally:
+        running.override = before
