@@ -188,8 +188,10 @@ def test_trainers_bfloat16_trains_as_float32_does(tmp_path):
 
 
 @pytest.fixture
-def fresh_accelerate():
-    """accelerate keeps its precision for the whole process; others must not find this one."""
+def fresh_accelerate(monkeypatch):
+    """accelerate keeps its precision for the whole process; others must not find this one, nor this one another's."""
+    # transformers before 5 hands the precision on in the environment
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -217,7 +219,7 @@ def test_accelerates_mixed_precision(fresh_accelerate):
 
 @pytest.mark.filterwarnings("ignore:The semantic prior of the adapter 'default' is not fitted")
 @pytest.mark.parametrize("upcast", [True, False])
-def test_adapters_on_a_bfloat16_base(tmp_path, upcast):
+def test_adapters_on_a_bfloat16_base(tmp_path, upcast, fresh_accelerate):
     torch.manual_seed(0)
     base = make_llama().to(torch.bfloat16)
     model = get_peft_model(base, TRexConfig(**SETTINGS), autocast_adapter_dtype=upcast)
