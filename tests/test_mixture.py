@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from peft_trex.mixture import (
     Experts,
     Settings,
-    expert_weights,
     keep_strongest,
     mean_core,
     mix_features,
     num_experts,
     rank_one_mixture,
     router_logits,
+    weigh_experts,
 )
 
 DATA = Path(__file__).parent / "data"
@@ -141,9 +141,8 @@ def test_top_k_leaves_the_router_s_part_to_the_strongest(layout, top_k):
     """By hand, token by token; and the gradients are those of this function, not of a straight-through estimate."""
     case = _random_case(layout, *((2, 2) if layout == "grid" else (4, 4)))
     settings = {"token_scale": 1.7, "prior_scale": 3.1, "temperature": 5.0}
-    weights = {key: case[key] for key in ("x", "prior", "omega_logit")}
     logits = router_logits(case["x"], case["router"])
-    found = expert_weights(**weights, logits=logits, top_k=top_k, **settings)
+    found = weigh_experts(case["x"], logits, case["prior"], case["omega_logit"], Settings(top_k=top_k, **settings))
     omega = torch.sigmoid(5.0 * case["omega_logit"])
     for row, token in itertools.product(range(case["x"].shape[0]), range(case["x"].shape[1])):
         logits = case["router"] @ case["x"][row, token]
@@ -213,7 +212,7 @@ def test_low_precision_routes_in_float32(dtype):
     rounded = {key: tensor.double() for key, tensor in low.items()}
     floor = (rank_one_mixture(**rounded, token_scale=32.0).to(dtype).double() - exact).norm()
     assert (y.double() - exact).norm() <= 2 * floor
-    weights = expert_weights(low["x"], router_logits(low["x"], low["router"]), token_scale=1.0)
+    weights = weigh_experts(low["x"], router_logits(low["x"], low["router"]), None, None, Settings(token_scale=1.0))
     assert weights.dtype == torch.float32
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 33), rtol=0, atol=1e-6)  # a softmax in dtype would not
 
@@ -247,8 +246,8 @@ def test_mean_core_takes_a_uniform_router():
 @pytest.mark.parametrize("layout", ["grid", "paired"])
 def test_mixed_features_are_what_B_is_applied_to(layout):
     case = _random_case(layout, 3, 3)
-    weights = {key: case[key] for key in ("x", "prior", "omega_logit")}
-    G = expert_weights(**weights, logits=router_logits(case["x"], case["router"]), token_scale=9.0)
+    logits = router_logits(case["x"], case["router"])
+    G = weigh_experts(case["x"], logits, case["prior"], case["omega_logit"], Settings(token_scale=9.0))
     m = mix_features(case["x"] @ case["A"].T, G, layout)
     gate = torch.sigmoid(100 * case["gate_logit"])
     torch.testing.assert_close(gate * m @ case["B"].T, rank_one_mixture(**case, token_scale=9.0, layout=layout))

@@ -25,7 +25,7 @@ rank of a reduced router.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,17 +101,6 @@ def weigh_experts(
     if G is None:
         raise ValueError("A mixture needs a `router`, a `prior`, or both; got neither.")
     return G
-
-
-def expert_weights(
-    x: Tensor,
-    logits: Tensor | None = None,
-    prior: Tensor | None = None,
-    omega_logit: Tensor | None = None,
-    **settings: Any,
-) -> Tensor:
-    """[`weigh_experts`] with the fields of [`Settings`] as keywords."""
-    return weigh_experts(x, logits, prior, omega_logit, Settings(**settings))
 
 
 def mix_features(a: Tensor, G: Tensor, layout: Layout = "grid") -> Tensor:
