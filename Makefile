@@ -8,14 +8,16 @@ WHEEL := .venv-wheel
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 SOURCES := src tests examples benchmarks
 
-# pins an older numpy than ours, which it works with; tests/test_quantized.py runs it in a process of its own
+# pins an older numpy than ours, which it works with; tests/integrations/test_quantized.py runs it in a process of its own
 GPTQ := gptqmodel optimum device-smi tokenicer logbar defuser pypcre protobuf
 
-# transformers and accelerate behave differently wherever it can be imported; tests/distributed_worker.py imports it
+# transformers and accelerate behave differently wherever it can be imported, so that only
+# tests/integrations/distributed_worker.py imports it
 DEEPSPEED := deepspeed hjson msgpack py-cpuinfo
 
 # Those of the source distribution that read data, benchmarks, examples and documents beside them; all are collected.
-SDIST_TESTS := $(addprefix tests/test_,mixture.py packaging.py benchmarks.py operations.py quickstart.py scaling.py)
+SDIST_TESTS := $(addprefix tests/,core/test_mixture.py core/test_packaging.py examples/test_quickstart.py \
+	$(addprefix benchmarks/test_,benchmarks.py operations.py scaling.py))
 
 .PHONY: demo serve test test-fast test-lowest test-newest lint package bench quality clean
 
@@ -59,14 +61,14 @@ package: $(VENV)/test
 
 # On two quiet cores some 20 minutes; the GPU's sizes where there is one.
 bench: $(VENV)/test
-	$(BIN)/python benchmarks/run.py $(ARGS)
-	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/speed/run.py $(ARGS)
+	$(BIN)/python benchmarks/speed/report.py
 
 # Hours on two cores; what is done is kept, and a second call goes on. Another experiment: make quality EXPERIMENT=...
-EXPERIMENT ?= benchmarks/experiments/generated-small.yaml
+EXPERIMENT ?= benchmarks/quality/experiments/generated-small.yaml
 quality: $(VENV)/test $(VENV)/demo
-	$(BIN)/python benchmarks/quality.py $(EXPERIMENT) $(ARGS)
-	$(BIN)/python benchmarks/quality_report.py
+	$(BIN)/python benchmarks/quality/run.py $(EXPERIMENT) $(ARGS)
+	$(BIN)/python benchmarks/quality/report.py
 
 # The CPU build of torch is under 200 MB where the default one on Linux brings several GB of CUDA libraries. pip takes it
 # where it has one at hand; uv knows where to find one. $(1) is the virtual environment.

@@ -79,7 +79,7 @@ def main() -> int:
     runs = [["-n", "2", "--dist", "loadfile", "-m", "not slow", *arguments.pytest]]
     if arguments.target == "lowest":
         # PEFT's own tests of its oldest release run nowhere else. They start processes of their own.
-        runs.append(["-m", "slow", "tests/test_peft_suite.py"])
+        runs.append(["-m", "slow", "tests/peft_suite"])
     results = [subprocess.run([python, "-m", "pytest", *run], cwd=ROOT, env=environment) for run in runs]
     return max(result.returncode for result in results)
 

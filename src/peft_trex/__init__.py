@@ -6,7 +6,8 @@ know `TRexConfig` and the adapters saved with it.
 
 from . import registration
 from .analysis.callback import TRexRoutingCallback
-from .analysis.routing import LayerRouting, RoutingReport, routing_report
+from .analysis.figures import LayerRouting
+from .analysis.routing import RoutingReport, routing_report
 from .config import TRexConfig
 from .deploy.calibration import TRexMergeReport, calibrate_trex_merge
 from .deploy.pruning import PruningPoint, TRexPruneReport, prune_trex, pruning_curve

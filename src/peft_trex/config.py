@@ -1,7 +1,5 @@
 """TRexConfig: every knob of the method, explained once and checked when it is built."""
 
-from __future__ import annotations
-
 import math
 import os
 import re
@@ -9,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from inspect import cleandoc
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -33,21 +31,20 @@ class TRexConfig(PeftConfig):
             through a trained matrix (E, K) in each layer ("learned"). "auto" takes the identity when K = E.
         use_router: False is the ablation without the token router.
         router_rank: Rank of a reduced router: R (E, D_in) is the product of two trained factors, (E, router_rank) and
-            (router_rank, D_in), which makes most of the adapter smaller. None, the paper's, keeps R whole. It saves
-            parameters when it is less than E * D_in / (E + D_in), a little less than E.
-        router_top_k: The token router chooses the router_top_k experts of the largest logits for each token, and its
-            softmax is over them alone; of equal logits the first are chosen. None, the paper's, mixes all experts. The
-            prior weighs all of them in either case. It saves no arithmetic.
+            (router_rank, D_in). It saves parameters when it is less than E * D_in / (E + D_in), a little less than E.
+            None, the paper's, keeps R whole.
+        router_top_k: The token router's softmax is over the router_top_k largest logits of each token alone; of equal
+            logits the first are chosen. The prior weighs all experts in either case. It saves no arithmetic. None, the
+            paper's, mixes all experts.
         balance_loss_coef: Weight of a loss that is added to the model's in training, and is least when the token
             router gives all experts the same (Switch Transformer's, mean over the layers; from 1 to E). Each forward
-            is balanced by itself. 0, the paper's, leaves it out. It costs a second product with R.
+            is balanced by itself. It costs a second product with R. 0, the paper's, leaves it out.
         router_z_loss_coef: Weight of another loss, which keeps the router's logits small (ST-MoE's z-loss). 0, the
             paper's, leaves it out.
         expert_pattern: Layers that have only some of the r_a input and r_b output vectors, as [`prune_trex`] leaves
             them: by the layer's full name in the base model, {'inputs': [0, 2], 'outputs': [0, 1, 5], 'token_scale':
-            9.5}. The numbers, ascending, are those of a layer of full size. token_scale may be left out; it then is
-            the field below, None standing for the number of experts that the layer has. With the identity map its
-            experts keep the clusters that they have in full size.
+            9.5}. The numbers, ascending, are those of a layer of full size; with the identity map its experts keep the
+            clusters that they have there. Without a token_scale the field below counts, as for other layers.
         use_prior: False is the ablation without the semantic prior.
         token_scale: c_token of the paper. None stands for the number of experts (32 in the paper's setting).
         prior_scale: c_prior of the paper, whose value is 4.
@@ -57,20 +54,18 @@ class TRexConfig(PeftConfig):
             prompt, or ("external") embeddings that each forward and generate gets as `semantic_embeds` (B, prior_dim).
         prior_dim: Width of the external embeddings; only with prior_encoder="external", and needed there.
         prior_whitening: Compare prompts along this many principal directions of the training prompts' embeddings, each
-            scaled to the same variance, so that the strongest (what the prompts are made of, say: words or numbers)
-            does not drown those that tell tasks apart. 16 kept 8 and 16 tasks apart best (benchmarks/README.md). None
-            compares the embeddings as they are, centred.
-        mixture_implementation: How the mixture is computed. "auto" takes the fast path, with a Triton kernel on GPUs,
-            and the formula with a single product for A and the router where a compiler fuses it. "reference" always
-            takes the readable formula, which has second derivatives and works with `torch.func` and batched gradients.
-            The results are equal up to rounding.
+            scaled to the same variance, so that the strongest (whether prompts are words or numbers, say) does not
+            drown those that tell tasks apart. 16 kept 8 and 16 tasks apart best (benchmarks/README.md). None compares
+            the embeddings as they are, centred.
+        mixture_implementation: "auto" takes the fastest way to compute the mixture: a Triton kernel on GPUs, the
+            formula where a compiler fuses it. "reference" always takes the readable formula, which has second
+            derivatives and works with `torch.func` and batched gradients. The results are equal up to rounding.
         init_weights: True starts as in the paper: A and the learned map Kaiming-uniform, B and the router zero, so
-            that the adapter changes nothing at first. "random_router" draws the router too, and changes nothing at
-            first either: with a router of zeros only the prior tells the columns of B in a grid apart, and without a
-            prior they stay equal for good. False makes B Kaiming-uniform as well (for tests).
+            that the adapter changes nothing at first. "random_router" draws the router too: with a router of zeros
+            only the prior tells the columns of B in a grid apart, and without a prior they stay equal for good. False
+            draws B as well (for tests).
         trainable: "router" trains what chooses experts (R, the prior's map, omega and the gate) and keeps the experts
-            (A and B) as they are, for an adapter that has them already: see [`trex_from_lora`]. A new adapter has none
-            (B is zero), and would learn nothing.
+            (A and B) as they are, for an adapter from [`trex_from_lora`]; a new one (B is zero) would learn nothing.
         target_modules: Names, or a regular expression, of the modules to adapt. None stands for "all-linear": all
             linear layers but the head, as in the paper.
         exclude_modules: Names, or a regular expression, of the modules to leave out.
@@ -78,8 +73,7 @@ class TRexConfig(PeftConfig):
             instance.
         layers_to_transform: Indices of the layers to adapt; target_modules must then be a list of names, or None.
         layers_pattern: Name of the `nn.ModuleList` that these indices count, when it is not one of the usual ones.
-        fan_in_fan_out: True if the base layer stores its weight as (in, out), as transformers' `Conv1D` does; it is
-            set by itself for that class.
+        fan_in_fan_out: True if the base layer stores its weight as (in, out); transformers' `Conv1D` needs no hint.
         bias: Which biases are trained and saved: none, all of the model, those of the adapted layers.
 
     Raises:
@@ -106,7 +100,7 @@ class TRexConfig(PeftConfig):
     prior_dim: int | None = None
     prior_whitening: int | None = None
     mixture_implementation: Literal["auto", "reference"] = "auto"
-    init_weights: bool | Literal["random_router"] = True
+    init_weights: Literal[True, False, "random_router"] = True
     trainable: Literal["all", "router"] = "all"
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
@@ -129,7 +123,7 @@ class TRexConfig(PeftConfig):
                 setattr(self, name, set(getattr(self, name)))
         self._check_values()
         self._check_combinations()
-        self._check_layers()
+        self._check_pattern()
 
     @property
     def num_experts(self) -> int:
@@ -145,8 +139,9 @@ class TRexConfig(PeftConfig):
 
     def vectors_of(self, layer: str) -> tuple[list[int], list[int]]:
         """The input and the output vectors that a layer has, by their numbers in one of full size."""
-        entry = self.expert_pattern.get(layer)
-        return (list(range(self.r_a)), list(range(self.r_b))) if entry is None else (entry["inputs"], entry["outputs"])
+        full = {"inputs": list(range(self.r_a)), "outputs": list(range(self.r_b))}
+        entry = self.expert_pattern.get(layer, full)
+        return entry["inputs"], entry["outputs"]
 
     def experts_of(self, layer: str) -> list[int]:
         """The experts that a layer has, by their numbers in one of full size."""
@@ -163,50 +158,35 @@ class TRexConfig(PeftConfig):
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> TRexConfig:
+    ) -> "TRexConfig":
         """Load as every PEFT config, after a check that the adapter's weights beside it can be read at all."""
         folder = os.path.join(str(pretrained_model_name_or_path), subfolder or "")
         check_adapter_file(folder)
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     def _check_values(self) -> None:
-        for name in COUNTS:
-            value = getattr(self, name)
-            if value is None and getattr(TRexConfig, name) is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}={value!r} must be a whole number, not {type(value).__name__}.")
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1.")
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; it must be one of {', '.join(allowed)}.")
-        for name in FLAGS:
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name}={getattr(self, name)!r} must be True or False.")
-        if not isinstance(self.init_weights, bool) and self.init_weights != "random_router":
-            raise ValueError(f"init_weights={self.init_weights!r} must be True, False or 'random_router'.")
-        for rule, (names, holds) in NUMBERS.items():
+        for name, kind in TRexConfig.__annotations__.items():
+            if kind is bool or get_origin(kind) is Literal:
+                value, choices = getattr(self, name), get_args(kind) or (True, False)
+                # Python takes 1 for equal to True, but it is no choice.
+                if not any(value == choice and isinstance(value, type(choice)) for choice in choices):
+                    raise ValueError(f"{name}={value!r} is unknown; it must be one of {', '.join(map(str, choices))}.")
+        for rule, (names, _) in NUMBERS.items():
             for name in names:
                 value = getattr(self, name)
-                if value is None and getattr(TRexConfig, name) is None:
-                    continue
-                _check_number(name, value)
-                if not holds(value):
-                    raise ValueError(f"{name}={value!r} must be {rule}.")
+                if value is not None or getattr(TRexConfig, name) is not None:
+                    _check_number(name, value, rule)
 
     def _check_combinations(self) -> None:
         if not (self.use_router or self.use_prior):
             raise ValueError("use_router=False and use_prior=False leave nothing to mix; set at least one to True.")
         if self.expert_layout == "paired" and self.r_a != self.r_b:
-            raise ValueError(
-                f"expert_layout='paired' needs r_a = r_b, one output vector for each input vector; got r_a={self.r_a} "
-                f"and r_b={self.r_b}."
-            )
-        for switch, knobs in NEEDED.items():
-            for name, (use, harmless) in knobs.items():
-                if not getattr(self, switch) and getattr(self, name) not in harmless:
-                    raise ValueError(f"{name}={getattr(self, name)!r} {use}, which {switch}=False drops.")
+            raise ValueError(f"expert_layout='paired' needs r_a = r_b; got r_a={self.r_a} and r_b={self.r_b}.")
+        for switch, names in NEEDED.items():
+            for name in names:
+                # init_weights=False draws B too, so it has a use without a router.
+                if not getattr(self, switch) and getattr(self, name) not in (getattr(TRexConfig, name), False):
+                    raise ValueError(f"{name}={getattr(self, name)!r} is for a part that {switch}=False drops.")
         if self.router_top_k is not None and self.router_top_k > self.num_experts:
             raise ValueError(f"router_top_k={self.router_top_k} is more than the {self.num_experts} experts.")
         if self.trainable == "router" and not (self.use_router or self.learned_map):
@@ -219,100 +199,73 @@ class TRexConfig(PeftConfig):
                 f"prior_map='identity' needs as many clusters as experts; got num_clusters={self.num_clusters} and "
                 f"{self.num_experts} experts. Use prior_map='learned' or change one of them."
             )
-        if self.prior_encoder == "external" and self.prior_dim is None:
+        if (self.prior_encoder == "external") != (self.prior_dim is not None):
             raise ValueError(
-                "prior_encoder='external' needs prior_dim, the width of the embeddings that will be given as "
-                "`semantic_embeds`; got None."
+                f"prior_encoder={self.prior_encoder!r} does not go with prior_dim={self.prior_dim}: 'external' needs "
+                "the width of `semantic_embeds` there, and 'input_embeddings' None, since the base model tells it."
             )
-        if self.prior_encoder == "input_embeddings" and self.prior_dim is not None:
-            raise ValueError(
-                f"prior_dim={self.prior_dim} is for prior_encoder='external'; with 'input_embeddings' the width is "
-                "the base model's, leave it None."
-            )
-
-    def _check_layers(self) -> None:
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError(
-                f"layers_to_transform={self.layers_to_transform!r} needs target_modules to be a list of module names, "
-                f"or None for all linear layers; got target_modules={self.target_modules!r}."
+                "layers_to_transform needs target_modules to be a list of module names, or None for all linear "
+                f"layers; got target_modules={self.target_modules!r}."
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(f"layers_pattern={self.layers_pattern!r} has no use without layers_to_transform.")
+
+    def _check_pattern(self) -> None:
         pattern: Any = self.expert_pattern
         if not isinstance(pattern, dict):
             raise TypeError(
                 f"expert_pattern is a {type(pattern).__name__}; expected a dict of entries such as "
                 "{'inputs': [0, 2], 'outputs': [0, 1, 5]} by the layers' names."
             )
-        for layer, entry in pattern.items():
-            self._check_entry(f"expert_pattern[{layer!r}]", entry)
-
-    def _check_entry(self, name: str, entry: Any) -> None:
         counts = {"inputs": self.r_a, "outputs": self.r_b}
-        if not isinstance(entry, dict) or not set(counts) <= set(entry) <= {*counts, "token_scale"}:
-            raise ValueError(
-                f"{name}={entry!r} must be a dict of 'inputs' and 'outputs', and 'token_scale' if it has its own."
-            )
-        for side, count in counts.items():
-            numbers = entry[side]
-            whole = isinstance(numbers, list) and all(isinstance(number, int) for number in numbers) and numbers
-            if not whole or numbers != sorted(set(numbers)) or not 0 <= numbers[0] <= numbers[-1] < count:
+        for layer, entry in pattern.items():
+            name = f"expert_pattern[{layer!r}]"
+            if not isinstance(entry, dict) or not set(counts) <= set(entry) <= {*counts, "token_scale"}:
                 raise ValueError(
-                    f"{name} has {side} {numbers!r}; expected a list of at least one of the numbers 0 to {count - 1}, "
-                    "ascending."
+                    f"{name}={entry!r} must be a dict of 'inputs' and 'outputs', and 'token_scale' if it has its own."
                 )
-        if self.expert_layout == "paired" and entry["inputs"] != entry["outputs"]:
-            raise ValueError(
-                f"{name} has inputs {entry['inputs']} and outputs {entry['outputs']}; with expert_layout='paired' "
-                "they must be the same."
-            )
-        if "token_scale" in entry:
-            scale, name = entry["token_scale"], f"{name}['token_scale']"
-            _check_number(name, scale)
-            if not 0 < scale < math.inf:
-                raise ValueError(f"{name}={scale!r} must be positive and finite.")
-            if not self.use_router:
-                raise ValueError(f"{name}={scale!r} scales the token router, which use_router=False drops.")
+            for side, count in counts.items():
+                numbers = entry[side]
+                whole = isinstance(numbers, list) and all(isinstance(number, int) for number in numbers) and numbers
+                if not whole or numbers != sorted(set(numbers)) or not 0 <= numbers[0] <= numbers[-1] < count:
+                    raise ValueError(
+                        f"{name} has {side} {numbers!r}; expected a list of at least one of the numbers 0 to "
+                        f"{count - 1}, ascending."
+                    )
+            if self.expert_layout == "paired" and entry["inputs"] != entry["outputs"]:
+                raise ValueError(
+                    f"{name} has inputs {entry['inputs']} and outputs {entry['outputs']}; with "
+                    "expert_layout='paired' they must be the same."
+                )
+            if "token_scale" in entry:
+                name = f"{name}['token_scale']"
+                _check_number(name, entry["token_scale"], POSITIVE)
+                if not self.use_router:
+                    raise ValueError(f"{name} scales the token router, which use_router=False drops.")
 
 
-# The numbers that must be whole and at least 1; where the default is None, None is allowed too.
+POSITIVE = "a positive, finite number"
 COUNTS = ("r_a", "r_b", "num_clusters", "prior_dim", "prior_whitening", "router_rank", "router_top_k")
-FLAGS = ("use_router", "use_prior", "fan_in_fan_out")
-CHOICES = {
-    "expert_layout": ("grid", "paired"),
-    "prior_map": ("auto", "identity", "learned"),
-    "prior_encoder": ("input_embeddings", "external"),
-    "mixture_implementation": ("auto", "reference"),
-    "trainable": ("all", "router"),
-    "bias": ("none", "all", "trex_only"),
-}
-# The rules of the other numbers, in words and as a function; None is allowed as above.
+# The rules of the numbers, in words and as a function. Where the default is None, None is allowed too.
 NUMBERS: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
-    "a positive, finite number": (("token_scale", "prior_scale", "gate_temperature"), lambda x: 0 < x < math.inf),
+    "a whole number of at least 1": (COUNTS, lambda x: isinstance(x, int) and x >= 1),
+    POSITIVE: (("token_scale", "prior_scale", "gate_temperature"), lambda x: 0 < x < math.inf),
     "a finite number, at least 0": (("balance_loss_coef", "router_z_loss_coef"), lambda x: 0 <= x < math.inf),
-    "at least 0 and less than 1": (("trex_dropout",), lambda x: 0 <= x < 1),
+    "a number of at least 0 and less than 1": (("trex_dropout",), lambda x: 0 <= x < 1),
 }
-# What a knob does to the router or the prior, and the values with which it does nothing.
-NEEDED: dict[str, dict[str, tuple[str, tuple[Any, ...]]]] = {
-    "use_router": {
-        "token_scale": ("scales the token router", (None,)),
-        "router_rank": ("reduces the token router", (None,)),
-        "init_weights": ("draws the token router", (True, False)),
-        "balance_loss_coef": ("is for the token router", (0,)),
-        "router_z_loss_coef": ("is for the token router", (0,)),
-        "router_top_k": ("chooses for the token router", (None,)),
-    },
-    "use_prior": {
-        "prior_map": ("maps the prior", ("auto",)),
-        "prior_encoder": ("feeds the prior", ("input_embeddings",)),
-        "prior_whitening": ("is for the prior", (None,)),
-    },
+# The knobs that have no use when the router or the prior is left out.
+NEEDED = {
+    "use_router": "token_scale router_rank router_top_k balance_loss_coef router_z_loss_coef init_weights".split(),
+    "use_prior": "prior_map prior_encoder prior_whitening".split(),
 }
 
 
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}.")
+def _check_number(name: str, value: Any, rule: str) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not NUMBERS[rule][1](value):
+        raise (ValueError if is_number else TypeError)(f"{name}={value!r} must be {rule}.")
 
 
 # Each field is explained in the docstring; who asks a field for its help, as PEFT's do, gets the same text.

@@ -37,24 +37,9 @@ def check_unmerged(tuner: TRexModel, purpose: str) -> None:
         raise ValueError(f"An adapter is merged into the model; call unmerge_adapter() before {purpose}.")
 
 
-@contextmanager
-def random_states_kept() -> Iterator[None]:
-    """Leave the global random states of torch (on the CPU), NumPy and Python as they were: data loaders draw."""
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
-
-
 @dataclass(frozen=True)
 class Data:
-    """Batches of a user, any iterable of them, of which the first `max_batches` are read (None: all).
-
-    `title` stands at the progress bar; None shows none.
-    """
+    """Batches, of which the first `max_batches` are read (None: all); `title` is the progress bar's (None: no bar)."""
 
     batches: Iterable[Any]
     max_batches: int | None = None
@@ -62,62 +47,20 @@ class Data:
 
     @contextmanager
     def read(self) -> Iterator[Iterable[Any]]:
-        """Give the batches, with a progress bar; the global random states are left as they were."""
+        """Give the batches; the CPU's global random states, from which data loaders draw, are left as they were."""
         counts = [] if self.max_batches is None else [self.max_batches]
         # A stream has no length, and neither has its DataLoader.
         with suppress(TypeError):
             counts.append(len(self.batches))  # type: ignore[arg-type]
-        total = min(counts, default=None)
-        with random_states_kept():
-            batches = islice(self.batches, self.max_batches)
-            with tqdm(batches, self.title, total, disable=self.title is None) as bar:
-                yield bar
-
-
-@contextmanager
-def data_pass(tuner: TRexModel, adapter_name: str, data: Data) -> Iterator[Iterator[dict[str, Any]]]:
-    """Give each batch on the model's device, while this adapter alone is active, in eval mode without gradients.
-
-    Modules that were compiled in place run as they were written, since hooks have no place in a compiled graph.
-
-    Raises:
-        TypeError: for a batch that is no mapping.
-    """
-    home = tuner.prompts.adapters.home()
-
-    def moved(batch: Any) -> dict[str, Any]:
-        if not isinstance(batch, Mapping):
-            raise TypeError(
-                f"The dataloader gave a {type(batch).__name__}; expected a mapping such as {{'input_ids': ...}}."
-            )
-        return {key: value.to(home) if isinstance(value, Tensor) else value for key, value in batch.items()}
-
-    eager = torch.compiler.set_stance("force_eager")
-    with only_adapter(tuner, adapter_name), eager, torch.no_grad(), data.read() as batches:
-        yield map(moved, batches)
-
-
-@contextmanager
-def only_adapter(tuner: TRexModel, adapter_name: str) -> Iterator[None]:
-    """Activate and enable this adapter alone, with all modules in eval mode; in the end all is as it was."""
-    active = list(tuner.active_adapters)
-    disabled = any(layer.disable_adapters for layer in tuner.modules() if isinstance(layer, BaseTunerLayer))
-    training = [(module, module.training) for module in tuner.modules()]
-    with flags_kept(tuner):
+        numpy_state, python_state = np.random.get_state(), random.getstate()
         try:
-            tuner.eval()
-            tuner.set_adapter(adapter_name)
-            tuner.enable_adapter_layers()
-            yield
+            with torch.random.fork_rng(devices=[]):
+                batches = islice(self.batches, self.max_batches)
+                with tqdm(batches, self.title, min(counts, default=None), disable=self.title is None) as bar:
+                    yield bar
         finally:
-            tuner.set_adapter(active)
-            if disabled:
-                with warnings.catch_warnings():
-                    # PEFT warned of trained biases when the user disabled the adapter.
-                    warnings.simplefilter("ignore")
-                    tuner.disable_adapter_layers()
-            for module, flag in training:
-                module.training = flag
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
 
 
 @contextmanager
@@ -131,29 +74,65 @@ def flags_kept(tuner: TRexModel) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-class Attended:
+@contextmanager
+def data_pass(tuner: TRexModel, adapter_name: str, data: Data) -> Iterator[Iterator[dict[str, Any]]]:
+    """Give each batch on the model's device, while this adapter alone is active, in eval mode without gradients.
+
+    Modules that were compiled in place run as they were written, since hooks have no place in a compiled graph.
+
+    Raises:
+        TypeError: for a batch that is no mapping.
+    """
+    home = tuner.prompts.adapters.home()
+    active = list(tuner.active_adapters)
+    disabled = any(layer.disable_adapters for layer in tuner.modules() if isinstance(layer, BaseTunerLayer))
+    training = [(module, module.training) for module in tuner.modules()]
+
+    def moved(batch: Any) -> dict[str, Any]:
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"The dataloader gave a {type(batch).__name__}; expected a mapping such as {{'input_ids': ...}}."
+            )
+        return {key: value.to(home) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+    eager = torch.compiler.set_stance("force_eager")
+    with flags_kept(tuner), eager, torch.no_grad(), data.read() as batches:
+        try:
+            tuner.eval()
+            tuner.set_adapter(adapter_name)
+            tuner.enable_adapter_layers()
+            yield map(moved, batches)
+        finally:
+            tuner.set_adapter(active)
+            if disabled:
+                with warnings.catch_warnings():
+                    # PEFT warned of trained biases when the user disabled the adapter.
+                    warnings.simplefilter("ignore")
+                    tuner.disable_adapter_layers()
+            for module, flag in training:
+                module.training = flag
+
+
+class Attended(ExitStack):
     """Tells which tokens of the batch that runs are no padding, for each layer that gets them.
 
-    It is a context, in which it watches the encoder of an encoder-decoder model. `masks` (B, T) are those of the
-    input, or of the encoder and then of the decoder, as far as they are known.
+    Within its context it watches the encoder of an encoder-decoder model. `masks` holds the mask (B, T) of the input,
+    or those of the encoder and then the decoder, as far as there are any.
     """
 
     def __init__(self, tuner: TRexModel) -> None:
+        super().__init__()
         base: Any = tuner.model
         two_sided = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
         self.masks: list[Tensor] = []
         self._encoder: Any = base.get_encoder() if two_sided else None
         # Cross-attention in the decoder reads this output of the encoder.
         self._encoded: Tensor | None = None
-        self._hooks = ExitStack()
 
     def __enter__(self) -> Attended:
         if self._encoder is not None:
-            self._hooks.enter_context(self._encoder.register_forward_hook(self._watch))
+            self.enter_context(self._encoder.register_forward_hook(self._watch))
         return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._hooks.close()
 
     def _watch(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._encoded = output[0]
@@ -184,8 +163,6 @@ class Attended:
             of_encoder = x is self._encoded or any(layer is module for module in self._encoder.modules())
             masks = masks if of_encoder else masks[::-1]
         for mask in masks:
-            if x.shape[:-1] == mask.shape:
-                return mask.to(x.device)
-            if x.dim() == 2 and x.shape[0] == mask.numel():
-                return mask.to(x.device).flatten()
+            if x.shape[:-1] in (mask.shape, (mask.numel(),)):
+                return mask.to(x.device).reshape(x.shape[:-1])
         return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)

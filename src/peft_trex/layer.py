@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import TRexConfig
 from .fast.base import Base, separable
-from .fast.dispatch import add_mixture, reads_bfloat16
+from .fast.dispatch import add_mixture, is_fast
 from .mixture import Experts, mean_core, num_experts, router_logits, weigh_experts
 from .parameters import TRexParameters
 from .prior.channel import PriorChannel
@@ -31,7 +31,7 @@ class TRexLayer(TRexParameters):
 
     def _prior(self, adapter_name: str, scores: Tensor | None) -> Tensor | None:
         """Prior of each expert (..., E) from the scores of the clusters (..., K); None stands for zero in both."""
-        mapping = self._find("trex_map", adapter_name)
+        [mapping] = self._find(("trex_map",), adapter_name)
         if mapping is not None:
             # Without scores, the map still takes part in the graph: DDP waits for every parameter.
             scores = mapping.new_zeros(1, mapping.shape[1]) if scores is None else scores.to(mapping.dtype)
@@ -50,22 +50,20 @@ class TRexLayer(TRexParameters):
             prior = self._prior(adapter_name, self._channel.scores(adapter_name, x))
         # An unfitted prior is the only part that an adapter without a router has.
         if experts.router is None and prior is None:
-            layout = self.trex_settings[adapter_name]["layout"]
-            prior = x.new_zeros(1, num_experts(experts.A.shape[0], experts.B.shape[1], layout))
+            layout = self.trex_settings[adapter_name].layout
+            prior = x.new_zeros(1, num_experts(len(experts.A), experts.B.shape[1], layout))
         return prior
 
     @torch.no_grad()
     def static_factors(self, adapter_name: str, cluster: int | None = None) -> tuple[Tensor, Tensor]:
         """The static weight as `up @ down`: down (r, D_in) and up (D_out, r), float32 or wider, r at most r_b.
 
-        It is the calibrated weight for the prompts of `cluster`, None for all; without a calibration, that of the
-        mean routing.
+        It is the calibrated weight for the prompts of `cluster`, None for all; uncalibrated, that of the mean routing.
         """
-        A, B = self.trex_A[adapter_name], self.trex_B[adapter_name]
-        dtype = torch.promote_types(A.dtype, torch.float32)
-        A, B = A.to(dtype), B.to(dtype)
-        gate = self.trex_settings[adapter_name]["temperature"] * self.trex_gate[adapter_name].to(dtype)
-        up = torch.sigmoid(gate) * B
+        tensors = (self.trex_A[adapter_name], self.trex_B[adapter_name], self.trex_gate[adapter_name])
+        dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+        A, B, gate = (tensor.to(dtype) for tensor in tensors)
+        up = torch.sigmoid(self.trex_settings[adapter_name].temperature * gate) * B
         if adapter_name not in self.trex_static:
             core = self.mean_core(adapter_name).to(dtype)
         else:
@@ -82,7 +80,7 @@ class TRexLayer(TRexParameters):
         if self.trex_uses_prior[adapter_name]:
             scores = self._channel.mean_scores(adapter_name)
             prior = self._prior(adapter_name, None if scores is None else scores[None].to(experts.A.device))
-        return mean_core(experts, prior, self.settings_of(adapter_name))
+        return mean_core(experts, prior, self.trex_settings[adapter_name])
 
     def expert_weights(self, x: Tensor, adapter_name: str = "default") -> Tensor:
         """Weight of every expert, before the output gate, for the layer's input `x` (..., D_in): (..., E).
@@ -93,7 +91,7 @@ class TRexLayer(TRexParameters):
         x = self._cast_input_dtype(x, experts.A.dtype)
         logits = None if experts.router is None else router_logits(x, experts.router, experts.router_down)
         prior = self._prior_for(adapter_name, x, experts)
-        weights = weigh_experts(x, logits, prior, experts.omega, self.settings_of(adapter_name))
+        weights = weigh_experts(x, logits, prior, experts.omega, self.trex_settings[adapter_name])
         return weights.expand(*x.shape[:-1], weights.shape[-1])
 
     def cluster_of(self, x: Tensor, adapter_name: str = "default") -> Tensor:
@@ -112,32 +110,28 @@ class TRexLayer(TRexParameters):
         if experts.A.is_meta and hasattr(self.trex_A, "_hf_hook"):
             with self._onloaded():
                 return self._add_adapter(adapter_name, base)
-        x, settings = base.x, self.trex_fused[adapter_name]
-        if x.dtype != experts.A.dtype and (settings is None or not reads_bfloat16(x, experts.A)):
-            x = self._cast_input_dtype(x, experts.A.dtype)
+        x, settings, fused = base.x, self.trex_settings[adapter_name], self.trex_fused[adapter_name]
+        dtype = experts.A.dtype
+        # The fast path takes a bfloat16 input beside float32 adapters as it is, without a copy in float32.
+        short = x.dtype == torch.bfloat16 and dtype == torch.float32
+        if x.dtype != dtype and not (fused and short and is_fast(x, experts.A)):
+            x = self._cast_input_dtype(x, dtype)
         prior = self._prior_for(adapter_name, x, experts)
         dropout = self._modules["trex_dropout"]._modules[adapter_name]  # type: ignore[attr-defined]
         if type(dropout) is not nn.Identity:
             x = dropout(x)
         state = self._channel.running.state
         if state is not None and state.losses is not None and experts.router is not None:
-            state.losses.add(adapter_name, x, experts, self.trex_settings[adapter_name]["top_k"])
-        if settings is None:
-            return add_mixture(base, x, experts, prior, self.settings_of(adapter_name), fast=False)
-        return add_mixture(base, x, experts, prior, settings)
+            state.losses.add(adapter_name, x, experts, settings.top_k)
+        return add_mixture(base, x, experts, prior, settings, fused)
 
 
 class Linear(nn.Module, TRexLayer):
     """T-REX in an `nn.Linear` or a transformers `Conv1D`: `y = W0 x + gate * B (a G)`, (..., D_out) for x (..., D_in).
 
     G holds the weight of every expert, from the token's router and the prompt's prior; [`mixture`] has the formula.
-
-    Args:
-        base_layer: the layer to adapt, or an adapter layer around it.
-        adapter_name: the first adapter's name.
-        config: its configuration.
-        channel: gives this layer the prior of the forward that is running.
-        layer_name: the layer's name in the base model.
+    The `base_layer` may be another adapter's layer; `layer_name` is its name in the base model. The `channel` gives
+    the prior of the forward that is running.
     """
 
     def __init__(
@@ -147,10 +141,8 @@ class Linear(nn.Module, TRexLayer):
         TRexParameters.__init__(self, base_layer, channel)
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
         if config.fan_in_fan_out and not self.fan_in_fan_out:
-            warnings.warn(
-                f"fan_in_fan_out=True does not fit a {type(self.get_base_layer()).__name__} and is ignored there.",
-                stacklevel=2,
-            )
+            name = type(self.get_base_layer()).__name__
+            warnings.warn(f"fan_in_fan_out=True does not fit a {name} and is ignored there.", stacklevel=2)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, layer_name)
 
@@ -180,10 +172,9 @@ class Linear(nn.Module, TRexLayer):
                 is not finite. The base weight is then as it was.
         """
         for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.trex_A:
-                continue
-            self._add_to_base(self._delta_weight(name), name, check=safe_merge)
-            self.merged_adapters.append(name)
+            if name in self.trex_A:
+                self._add_to_base(self._delta_weight(name), name, check=safe_merge)
+                self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
         """Undo `merge`: a plain base weight is restored up to rounding, a quantised one to the bit."""
@@ -214,19 +205,15 @@ class Linear(nn.Module, TRexLayer):
         self._former_weight = self._former_weight or former
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self._disable_adapters:
-            if self.merged_adapters:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
+        if self._disable_adapters and self.merged_adapters:
+            self.unmerge()
         # Decoding feels the time that properties take, as in _find.
         base_layer: Any = self._modules["base_layer"]
-        if self.merged_adapters:
+        if self._disable_adapters or self.merged_adapters:
             return base_layer(x, *args, **kwargs)
         # A simple layer waits: the first adapter may make both products together.
-        if args or kwargs or not separable(base_layer):
-            base = Base(x, None, base_layer(x, *args, **kwargs))
-        else:
-            base = Base(x, base_layer)
+        waits = not args and not kwargs and separable(base_layer)
+        base = Base(x, base_layer) if waits else Base(x, None, base_layer(x, *args, **kwargs))
         active = self._active_adapter
         for name in (active,) if isinstance(active, str) else active:
             if name in self.trex_fused:

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from statistics import mode
 from typing import Any
 
-import torch
+import transformers
 from huggingface_hub import ModelCard
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, TaskType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 # Every saved tensor of an adapter carries this prefix.
 PREFIX = "trex_"
+STATIC = f"{PREFIX}static"
+FOREIGN = (
+    "The file is damaged or was saved for another base model or configuration: restore it, or load it onto the model "
+    "that its adapter_config.json names"
+)
 CARD_HEADING = "## Loading this adapter"
-AUTO_CLASSES: dict[TaskType | str | None, str] = {
-    TaskType.CAUSAL_LM: "AutoModelForCausalLM",
-    TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
-    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
-    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
-    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
-}
 
 
 def check_adapter_file(folder: str) -> None:
@@ -42,54 +39,37 @@ def check_adapter_file(folder: str) -> None:
         ) from error
 
 
-@contextmanager
-def room_for_static(
+def split_static(
     layers: Mapping[str, Any], adapter_name: str, num_clusters: int, tensors: Mapping[str, Tensor]
-) -> Iterator[None]:
-    """Let the layers hold the calibrated static weights of a file, or none if it has none, unless the block fails.
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The calibrated static weights of a file by the names of the layers, the adapter's, and its other tensors.
 
-    `layers` are the adapter's, by their names in the file, whose `tensors` these are. Raises a ValueError if static
-    weights have a wrong shape, or only some of the layers have them.
+    Raises a ValueError if static weights have a wrong shape, or only some of the layers have them.
     """
-    static = {name: tensors[key] for name in layers if (key := f"{name}.{PREFIX}static") in tensors}
-    counts = Counter(weights.shape[:1] for weights in static.values()).most_common(1)
-    for name, weights in static.items():
-        A, B, width = layers[name].trex_A[adapter_name], layers[name].trex_B[adapter_name], layers[name].in_features
-        r_a, r_b = len(A), B.shape[1]
-        expected = {(sets, r_b, columns) for sets in (1, 1 + num_clusters) for columns in (r_a, width)}
-        if tuple(weights.shape) not in expected or weights.shape[:1] != counts[0][0]:
+    static = {name: tensors[key] for name in layers if (key := f"{name}.{STATIC}") in tensors}
+    sets = mode(weights.shape[:1] for weights in static.values()) if static else None
+    for name, layer in layers.items() if static else ():
+        shape = tuple(static[name].shape) if name in static else None
+        (r_a, width), r_b = layer.trex_A[adapter_name].shape, layer.trex_B[adapter_name].shape[1]
+        expected = {(count, r_b, columns) for count in (1, 1 + num_clusters) for columns in (r_a, width)}
+        if shape not in expected or shape[:1] != sets:
             raise ValueError(
-                f"The T-REX tensor {name}.{PREFIX}static has shape {tuple(weights.shape)} in the file; expected (1 or "
-                f"{1 + num_clusters}, {r_b}, {r_a} or {width}), and as many sets as the other layers have. The file "
-                "is damaged or was saved for another base model or configuration."
+                f"The T-REX tensor {name}.{STATIC} {'has shape ' + str(shape) if shape else 'is not'} in the file; "
+                f"expected (1 or {1 + num_clusters}, {r_b}, {r_a} or {width}), and as many sets as the other layers "
+                f"have. {FOREIGN}, or remove these of all layers and calibrate the adapter again."
             )
-    missing = [name for name in layers if name not in static]
-    if static and missing:
-        raise ValueError(
-            f"The adapter file lacks {len(missing)} of {len(layers)} calibrated static weights, such as "
-            f"{missing[0]}.{PREFIX}static; it is damaged: restore it, or remove all of them and calibrate the adapter "
-            "again."
-        )
-    former = {name: dict(layer.trex_static.items()).get(adapter_name) for name, layer in layers.items()}
-    try:
-        for name, layer in layers.items():
-            layer.keep_static(adapter_name, torch.zeros_like(static[name]) if name in static else None)
-        yield
-    except BaseException:
-        for name, layer in layers.items():
-            layer.keep_static(adapter_name, former[name])
-        raise
+    return static, {key: tensor for key, tensor in tensors.items() if key.removesuffix(f".{STATIC}") not in static}
 
 
 def check_complete(adapter_name: str, in_model: Iterable[str], in_file: Iterable[str]) -> None:
     """Raise a ValueError if a file lacks tensors of an adapter, or holds some that the model has no place for.
 
     PEFT loads without strictness, so what a damaged or foreign file lacks would silently keep its start values. Both
-    are given by their keys in the model's state dict.
+    are given by their keys in the model's state dict, without the file's static weights.
     """
     in_model, in_file = set(in_model), set(in_file)
     # An adapter may be called like a part of a module's name, so only its place in a key tells.
-    key_of_adapter = re.compile(rf"\.{PREFIX}\w+\.{re.escape(adapter_name)}(\.\w+)?$")
+    key_of_adapter = re.compile(rf"\.{PREFIX}(?!static\.)\w+\.{re.escape(adapter_name)}(\.\w+)?$")
     expected = {key for key in in_model if key_of_adapter.search(key)}
     # A module of the base model that is trained in full may carry the prefix, too: its keys are in the model.
     unknown = {key for key in in_file - in_model if f".{PREFIX}" in key}
@@ -97,9 +77,7 @@ def check_complete(adapter_name: str, in_model: Iterable[str], in_file: Iterable
         if keys:
             raise ValueError(
                 f"The adapter file {what} {len(keys)} T-REX tensors, such as {min(keys)}; the adapter has "
-                f"{len(expected)}. The file is damaged or was saved for another base model or configuration: restore "
-                "it, or load it onto the model that its adapter_config.json names. delete_adapter"
-                f"({adapter_name!r}) removes what was made for it."
+                f"{len(expected)}. {FOREIGN}. delete_adapter({adapter_name!r}) removes what was made for it."
             )
 
 
@@ -110,13 +88,12 @@ def explain_wrong_shapes(module: nn.Module, tensors: Mapping[str, Any], prefix: 
         if f".{PREFIX}" in key and key in tensors and tensors[key].shape != tensor.shape:
             error_messages.append(
                 f"The T-REX tensor {key} has shape {tuple(tensors[key].shape)} in the file and {tuple(tensor.shape)} "
-                "in the model: the adapter was saved for another base model or configuration. Load it onto the model "
-                "that its adapter_config.json names."
+                f"in the model. {FOREIGN}."
             )
             return
 
 
-def complete_card(path: str, task_type: TaskType | str | None) -> None:
+def complete_card(path: str, auto_class: str) -> None:
     """Add the tag `trex` and how to load the adapter to a model card."""
     card = ModelCard.load(path, ignore_metadata_errors=True)
     card.data["tags"] = sorted({*(card.data.get("tags") or []), "trex"})
@@ -124,9 +101,9 @@ def complete_card(path: str, task_type: TaskType | str | None) -> None:
         base = card.data.get("base_model")
         if isinstance(base, list):
             base = base[0] if base else None
-        auto_class = AUTO_CLASSES.get(task_type, "AutoModel")
-        text = card.text.rstrip("\n")
-        card.text = f"""{text}
+        # There is none for some of PEFT's tasks.
+        auto_class = auto_class if hasattr(transformers, auto_class) else "AutoModel"
+        card.text += f"""
 
 {CARD_HEADING}
 

@@ -25,7 +25,7 @@ rank of a reduced router.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,22 +85,23 @@ def weigh_experts(
         prior, omega, settings: as in [`rank_one_mixture`].
     """
     dtype = torch.promote_types(a.dtype, torch.float32)
-    share = None if omega is None else torch.sigmoid(settings.temperature * omega.to(dtype))  # (1,)
-    G: Tensor | None = None
+    by_token: Any = 1.0
+    by_prior: Any = 1.0
+    if omega is not None:
+        by_token = torch.sigmoid(settings.temperature * omega.to(dtype))  # (1,)
+        by_prior = 1 - by_token
+    parts = []
     if logits is not None:
         if settings.top_k is not None:
             logits = keep_strongest(logits, settings.top_k)
-        token = torch.softmax(logits, dim=-1, dtype=dtype)
-        G = settings.token_scale * token if share is None else share * settings.token_scale * token
+        parts.append(by_token * settings.token_scale * torch.softmax(logits, dim=-1, dtype=dtype))
     if prior is not None:
         if prior.dim() == 2:  # one row for all tokens of a prompt
             prior = prior.reshape(prior.shape[0], *[1] * (a.dim() - 2), prior.shape[1])
-        by_prior = settings.prior_scale * prior.to(dtype)
-        by_prior = by_prior if share is None else (1 - share) * by_prior
-        G = by_prior if G is None else G + by_prior
-    if G is None:
+        parts.append(by_prior * (settings.prior_scale * prior.to(dtype)))
+    if not parts:
         raise ValueError("A mixture needs a `router`, a `prior`, or both; got neither.")
-    return G
+    return sum(parts[1:], start=parts[0])
 
 
 def mix_features(a: Tensor, G: Tensor, layout: Layout = "grid") -> Tensor:
@@ -154,16 +155,14 @@ def rank_one_mixture(
         router: (E, D_in), the token router R. None leaves the token's part out (the ablation "no router").
         prior: (B, E) with B = x.shape[0], or 1 for all rows; or (B, T, E), one for each token. None leaves the prior's
             part out (the ablation "no prior").
-        omega_logit: one element; omega = sigmoid(temperature * omega_logit) shares the weight between token (omega)
-            and prior (1 - omega). None leaves the factor out of both.
-        gate_logit: one element; gate = sigmoid(temperature * gate_logit) scales the output. None leaves it out.
+        omega_logit: one element, w. None leaves omega and 1 - omega out.
+        gate_logit: one element, g. None leaves the gate out.
         router_down: (Q, D_in), the lower factor of a reduced router, whose upper factor (E, Q) is then `router`;
             R is their product (ours, not the paper's).
         token_scale: c_token of the paper; the number of experts makes the mean expert's weight 1.
         prior_scale: c_prior of the paper.
         temperature: of both sigmoids.
-        layout: "grid", where the expert (i, j) is b_j a_i^T and stands at i * r_b + j; or "paired", where
-            r_a = r_b = E and the expert i is b_i a_i^T.
+        layout: "grid" or "paired"; the top of this file shows both.
         top_k: takes the router's softmax over the `top_k` largest logits alone; the other experts get the prior's
             part only. None takes all.
 
@@ -194,22 +193,21 @@ def mean_core(experts: Experts, mean_prior: Tensor | None, settings: Settings) -
 
 def _check_shapes(x: Tensor, experts: Experts, prior: Tensor | None, layout: Layout) -> None:
     A, B, router, down, *_ = experts
+    D_in = x.shape[-1]
     if layout not in ("grid", "paired"):
         raise ValueError(f"layout={layout!r} is unknown; use 'grid' or 'paired'.")
-    if A.dim() != 2 or A.shape[1] != x.shape[-1]:
-        raise ValueError(f"A has shape {tuple(A.shape)}; expected (r_a, D_in) with D_in = {x.shape[-1]}, as in x.")
+    if A.dim() != 2 or A.shape[1] != D_in:
+        raise ValueError(f"A has shape {tuple(A.shape)}; expected (r_a, D_in) with D_in = {D_in}, as in x.")
     if B.dim() != 2:
         raise ValueError(f"B has shape {tuple(B.shape)}; expected (D_out, r_b).")
     r_a, r_b = A.shape[0], B.shape[1]
     if layout == "paired" and r_a != r_b:
         raise ValueError(f"The paired layout needs as many rows in A as columns in B; got {r_a} and {r_b}.")
-    if down is not None and (router is None or down.dim() != 2 or down.shape[1] != x.shape[-1]):
-        raise ValueError(
-            f"router_down has shape {tuple(down.shape)}; expected (Q, D_in) with D_in = {x.shape[-1]}, and a router "
-            "(E, Q) with it."
-        )
+    if down is not None and (router is None or down.dim() != 2 or down.shape[1] != D_in):
+        shape = tuple(down.shape)
+        raise ValueError(f"router_down has shape {shape}; expected (Q, D_in) with D_in = {D_in}, and a router (E, Q).")
     E = num_experts(r_a, r_b, layout)
-    name, width = ("D_in", x.shape[-1]) if down is None else ("Q", down.shape[0])
+    name, width = ("D_in", D_in) if down is None else ("Q", down.shape[0])
     if router is not None and tuple(router.shape) != (E, width):
         raise ValueError(f"router has shape {tuple(router.shape)}; expected (E, {name}) = {(E, width)}.")
     if prior is None:

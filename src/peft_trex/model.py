@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .config import TRexConfig
 from .layer import APPROXIMATE, Linear, TRexLayer
-from .loading import PREFIX, check_complete, explain_wrong_shapes, room_for_static
+from .loading import PREFIX, STATIC, check_complete, explain_wrong_shapes, split_static
 from .prior.adapters import Adapters, find_embedding
 from .prior.channel import PriorChannel
 from .prior.hooks import PromptWatch
@@ -72,13 +72,9 @@ class TRexModel(BaseTuner):
         return settle_targets(peft_config, self.model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        # PEFT injects layers only, and leaves half of them behind when it fails. An adapter also has a prior, which
-        # belongs to the model, and a failure leaves the model as it was.
+        # PEFT injects layers only, and leaves half of them behind when it fails. An adapter also has a prior.
         if not adapter_name or "." in adapter_name:
-            raise ValueError(
-                f"The adapter cannot be called {adapter_name!r}: its name becomes part of parameters' names, and must "
-                "be neither empty nor hold a dot."
-            )
+            raise ValueError(f"An adapter cannot be called {adapter_name!r}: it must be neither empty nor hold a dot.")
         config = self.config_of(adapter_name)
         self._set_prior(adapter_name, self._make_prior(config))
         try:
@@ -98,7 +94,7 @@ class TRexModel(BaseTuner):
 
     def _make_prior(self, config: TRexConfig) -> SemanticPrior | None:
         embedding = self.input_embedding()
-        dim = config.prior_dim or (None if embedding is None else embedding.embedding_dim)
+        dim = config.prior_dim or getattr(embedding, "embedding_dim", None)
         if not config.use_prior or dim is None:
             return None
         prior = SemanticPrior(config.num_clusters, dim, config.prior_whitening)
@@ -158,8 +154,7 @@ class TRexModel(BaseTuner):
         )
 
     def delete_adapter(self, adapter_name: str) -> None:
-        # PEFT cleans up the layers, but not the prior. Also, each layer chooses by itself, among the adapters that it
-        # has, which one becomes active.
+        # PEFT leaves the prior, and lets each layer choose the next active adapter among those that it has.
         was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
         self._set_prior(adapter_name, None)
@@ -194,9 +189,8 @@ class TRexModel(BaseTuner):
         quantised = sorted({scheme.name for scheme in schemes if scheme is not None})
         if quantised:
             warnings.warn(
-                f"The merged weights are quantised anew ({', '.join(quantised)}), which rounds them: the outputs "
-                "differ more from the adapter's than its approximation explains. A base model that is loaded without "
-                "quantisation takes it up without that.",
+                f"The merged weights are quantised anew ({', '.join(quantised)}), which rounds them beside the "
+                "adapter's approximation. A base model that is loaded without quantisation takes it up without that.",
                 stacklevel=2,
             )
         if not names & set(self.peft_config) <= self.calibrated_adapters():
@@ -206,10 +200,7 @@ class TRexModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         # PEFT drops this argument for methods that do not know it, and would run every row with the active adapter.
         if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                "T-REX does not support adapter_names, one adapter for each row of a batch; use set_adapter and one "
-                "call for each adapter."
-            )
+            raise ValueError("T-REX has no adapter_names, one for each row; use set_adapter and one call for each.")
         yield
 
     @classmethod
@@ -220,10 +211,12 @@ class TRexModel(BaseTuner):
         assert isinstance(config, TRexConfig)
         layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, TRexLayer)}
         layers = {name: layer for name, layer in layers.items() if adapter_name in layer.trex_A}
-        with room_for_static(layers, adapter_name, config.num_clusters, state_dict):
-            tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-            check_complete(adapter_name, model.state_dict(), tensors)
-        return tensors
+        static, others = split_static(layers, adapter_name, config.num_clusters, state_dict)
+        tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, others)
+        check_complete(adapter_name, model.state_dict(), tensors)
+        for name, layer in layers.items():
+            layer.keep_static(adapter_name, torch.zeros_like(static[name]) if name in static else None)
+        return tensors | {f"{name}.{STATIC}.{adapter_name}": weights for name, weights in static.items()}
 
     def calibrated_adapters(self) -> set[str]:
         """The adapters that have static weights, which merging uses; see [`calibrate_trex_merge`]."""
@@ -243,8 +236,8 @@ class TRexModel(BaseTuner):
             if trained and name in self.active_adapters and not any(layer.merged for layer in layers):
                 self.forget_static(name)
                 warnings.warn(
-                    f"The adapter {name!r} is trained again, so the static weights that calibrate_trex_merge found "
-                    "for it were dropped; call it anew before the adapter is merged or exported.",
+                    f"The adapter {name!r} is trained again, so its static weights were dropped; call "
+                    "calibrate_trex_merge anew before it is merged or exported.",
                     stacklevel=2,
                 )
 
@@ -284,12 +277,12 @@ def find_tuner(model: Any) -> TRexModel:
     """The T-REX tuner in a model, as `get_peft_model` returns it or around that."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected a model with a T-REX adapter.")
-    tuner = next((module for module in model.modules() if isinstance(module, TRexModel)), None)
-    if tuner is None:
-        raise ValueError(
-            f"The model, a {type(model).__name__}, has no T-REX adapter; make one with get_peft_model and TRexConfig."
-        )
-    return tuner
+    for module in model.modules():
+        if isinstance(module, TRexModel):
+            return module
+    raise ValueError(
+        f"The model, a {type(model).__name__}, has no T-REX adapter; make one with get_peft_model and TRexConfig."
+    )
 
 
 def find_peft_model(model: nn.Module) -> nn.Module:

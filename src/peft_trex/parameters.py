@@ -25,15 +25,7 @@ class TRexParameters(BaseTunerLayer):
     Axis legend: E experts, K clusters, Q the rank of a reduced router; `mixture.py` explains the others.
     """
 
-    adapter_layer_names: tuple[str, ...] = (
-        "trex_A",  # (r_a, D_in)
-        "trex_B",  # (D_out, r_b)
-        "trex_router",  # (E, D_in), absent with use_router=False; (E, Q) if the router is reduced to rank Q
-        "trex_router_down",  # (Q, D_in), absent unless the router is reduced
-        "trex_map",  # (E, K), absent unless learned
-        "trex_omega",  # (1,), a logit; of one axis because FSDP shards no scalars
-        "trex_gate",  # (1,), a logit
-    )
+    adapter_layer_names: tuple[str, ...] = (*KINDS, "trex_map")
     other_param_names: tuple[str, ...] = (
         "trex_dropout",
         "trex_settings",
@@ -56,14 +48,12 @@ class TRexParameters(BaseTunerLayer):
         # A calibrated adapter has a static core for all tokens, and perhaps one for each cluster's: C with `m = C a`,
         # (1 or 1 + K, r_b, r_a), or a wide C with `m = C x`, (1 or 1 + K, r_b, D_in).
         self.trex_static = BufferDict(persistent=True)
-        self.trex_settings: dict[str, dict[str, Any]] = {}
-        # Adapters that must take the readable formula have None here.
-        self.trex_fused: dict[str, Settings | None] = {}
+        self.trex_settings: dict[str, Settings] = {}
+        self.trex_fused: dict[str, bool] = {}
         self.trex_uses_prior: dict[str, bool] = {}
         # After pruning with the identity map, these are the clusters that the remaining experts belong to.
         self.trex_chosen: dict[str, Tensor] = {}
         self._channel = channel
-        self._disable_adapters = False
         self.merged_adapters: list[str] = []
         # A quantised base weight is kept while an adapter is merged into it.
         self._former_weight: dict[str, Any] | None = None
@@ -80,6 +70,7 @@ class TRexParameters(BaseTunerLayer):
             "trex_router": (experts, width) if config.use_router else None,
             "trex_router_down": (width, self.in_features) if config.router_rank else None,
             "trex_map": (experts, config.num_clusters) if config.learned_map else None,
+            # The two logits have an axis because FSDP shards no scalars.
             "trex_omega": (1,),
             "trex_gate": (1,),
             "trex_static": None,
@@ -92,17 +83,15 @@ class TRexParameters(BaseTunerLayer):
             if shape is not None:
                 tensors[adapter_name] = nn.Parameter(torch.empty(shape))
         self.trex_dropout[adapter_name] = nn.Dropout(config.trex_dropout) if config.trex_dropout else nn.Identity()
-        settings = Settings(
+        self.trex_settings[adapter_name] = Settings(
             config.token_scale_of(layer_name),
             config.prior_scale,
             config.gate_temperature,
             config.expert_layout,
             None if config.router_top_k is None else min(config.router_top_k, experts),
         )
-        self.trex_settings[adapter_name] = settings._asdict()
         # Without a router, no path is faster than the formula.
-        fused = config.use_router and config.mixture_implementation == "auto"
-        self.trex_fused[adapter_name] = settings if fused else None
+        self.trex_fused[adapter_name] = config.use_router and config.mixture_implementation == "auto"
         self.trex_uses_prior[adapter_name] = config.use_prior
         self.trex_chosen.pop(adapter_name, None)
         if config.use_prior and not config.learned_map and experts < config.num_experts:
@@ -120,11 +109,9 @@ class TRexParameters(BaseTunerLayer):
         at_zero = {True: ["trex_B", "trex_router"], "random_router": ["trex_B"], False: []}[init_weights]
         for name in self.adapter_layer_names:
             parameters = getattr(self, name)
-            if adapter_name not in parameters:
-                continue
-            if name in (*at_zero, "trex_omega", "trex_gate"):
+            if name in (*at_zero, "trex_omega", "trex_gate") and adapter_name in parameters:
                 nn.init.zeros_(parameters[adapter_name])
-            else:
+            elif adapter_name in parameters:
                 nn.init.kaiming_uniform_(parameters[adapter_name], a=math.sqrt(5))
 
     def parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
@@ -148,33 +135,27 @@ class TRexParameters(BaseTunerLayer):
 
     def experts_of(self, adapter_name: str) -> Experts:
         """The adapter's tensors in this layer."""
-        # As in _find, whose calls decoding would feel.
+        return Experts(*self._find(KINDS, adapter_name))
+
+    def _find(self, kinds: tuple[str, ...], adapter_name: str) -> list[Any]:
+        """The adapter's parameters of these kinds, None for a kind that it has not."""
         modules: Any = self._modules  # type: ignore[attr-defined]
         tensors = []
-        for kind in KINDS:
-            direct = modules[kind]._parameters
-            tensors.append(direct[adapter_name] if adapter_name in direct else self._find(kind, adapter_name))
-        return Experts(*tensors)
-
-    def settings_of(self, adapter_name: str) -> Settings:
-        """The adapter's constants in this layer."""
-        return Settings(**self.trex_settings[adapter_name])
-
-    def _find(self, kind: str, adapter_name: str) -> Any:
-        """One of the adapter's parameters, None if it has none of that kind."""
-        parameters: Any = self._modules[kind]  # type: ignore[attr-defined]
-        # Decoding feels the time that nn.Module's own way takes. What wraps or shards modules may leave no other, and
-        # DeepSpeed's ZeRO-3 notices an access by brackets, but not by get.
-        direct = parameters._parameters
-        if adapter_name in direct:
-            return direct[adapter_name]
-        return parameters[adapter_name] if adapter_name in parameters else None
+        for kind in kinds:
+            # Decoding feels the time that nn.Module's own way takes. What wraps or shards modules may leave no other,
+            # and DeepSpeed's ZeRO-3 notices an access by brackets, but not by get.
+            parameters, direct = modules[kind], modules[kind]._parameters
+            if adapter_name in direct:
+                tensors.append(direct[adapter_name])
+            else:
+                tensors.append(parameters[adapter_name] if adapter_name in parameters else None)
+        return tensors
 
     @contextmanager
     def _onloaded(self) -> Iterator[None]:
         """Have accelerate bring offloaded parameters: it does so before a forward, and a ParameterDict has none."""
-        offloaded: list[Any] = [module for name in self.adapter_layer_names if (module := getattr(self, name))]
-        offloaded = [module for module in offloaded if hasattr(module, "_hf_hook")]
+        kinds: list[Any] = [getattr(self, name) for name in self.adapter_layer_names]
+        offloaded = [kind for kind in kinds if kind and hasattr(kind, "_hf_hook")]
         for module in offloaded:
             module._hf_hook.pre_forward(module)
         try:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.utils.integrations import dequantize_bnb_weight
@@ -26,18 +24,14 @@ CALIBRATED = "its weight was fitted to calibration data, and cannot be quantised
 ONE_WAY = "its library offers no way to quantise the sum anew"
 
 
-@dataclass(frozen=True)
-class Scheme:
-    """A kind of quantised layer, and how its weight is read as a float tensor (D_out, D_in) and written.
-
-    `fields` are the layer's attributes that `write` sets. Without `write`, `obstacle` says why.
-    """
+class Scheme(NamedTuple):
+    """A kind of quantised layer, and how its weight is read as a float tensor (D_out, D_in) and written."""
 
     name: str
-    read: Callable[[Any], Tensor] | None = None
-    write: Callable[[Any, Tensor], None] | None = None
-    fields: tuple[str, ...] = ("weight",)
-    obstacle: str = ""
+    read: Any = None  # a function of the layer
+    write: Any = None  # a function of the layer and the weight
+    fields: tuple[str, ...] = ("weight",)  # the layer's attributes that `write` sets
+    obstacle: str = ""  # why there are no functions
 
 
 def _read_4bit(layer: Any) -> Tensor:
@@ -50,9 +44,8 @@ def _write_4bit(layer: Any, weight: Tensor) -> None:
     old = layer.weight
     names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
     settings = {name: getattr(old, name) for name in names}
-    new = type(old)(weight.cpu(), requires_grad=False, module=layer, **settings)
     # The move to a device quantises the weight, and sets the layer's quant_state.
-    layer.weight = new.to(old.device)
+    layer.weight = type(old)(weight.cpu(), requires_grad=False, module=layer, **settings).to(old.device)
 
 
 def _read_8bit(layer: Any) -> Tensor:
@@ -73,10 +66,9 @@ def _write_8bit(layer: Any, weight: Tensor) -> None:
 def _write_hqq(layer: Any, weight: Tensor) -> None:
     if layer.quant_config is None:
         raise ValueError(f"An HQQLinear does not say how it was quantised (its quant_config is None). {ADVICE}")
-    config = copy.deepcopy(layer.quant_config)
-    settings = {**copy.deepcopy(config), "offload_meta": layer.offload_meta}
+    settings = {**copy.deepcopy(layer.quant_config), "offload_meta": layer.offload_meta}
     new = type(layer)(None, settings, compute_dtype=layer.compute_dtype, device=layer.device)
-    new.quantize(weight, **config)
+    new.quantize(weight, **copy.deepcopy(layer.quant_config))
     layer.W_q, layer.meta = new.W_q, new.meta
 
 
@@ -97,20 +89,17 @@ def _write_torchao(layer: Any, weight: Tensor) -> None:
     settings = {name: getattr(old, name) for name in names if hasattr(old, name)}
     if "granularity" in names:
         granularity, size = import_module("torchao.quantization.granularity"), tuple(old.block_size)
-        if size == tuple(old.shape):
-            settings["granularity"] = granularity.PerTensor()
-        else:
-            row = size == (1, old.shape[1])
-            settings["granularity"] = granularity.PerRow() if row else granularity.PerGroup(size[1])
+        wholes = {(1, old.shape[1]): granularity.PerRow, tuple(old.shape): granularity.PerTensor}
+        settings["granularity"] = wholes[size]() if size in wholes else granularity.PerGroup(size[1])
     if "mapping_type" in names and old.zero_point is not None and old.zero_point.any():
         settings["mapping_type"] = import_module("torchao.quantization").MappingType.ASYMMETRIC
     if "float8_dtype" in names:
         settings["float8_dtype"] = old.qdata.dtype
     new = kind.from_hp(weight, **settings)
-    if tuple(new.block_size) != tuple(old.block_size):
+    before, after = tuple(old.block_size), tuple(new.block_size)
+    if before != after:
         raise ValueError(
-            f"torchao's {kind.__name__} has blocks of {tuple(old.block_size)}, but was quantised anew with "
-            f"{tuple(new.block_size)}. {ADVICE}"
+            f"torchao's {kind.__name__} has blocks of {before}, but was quantised anew with {after}. {ADVICE}"
         )
     layer.weight = nn.Parameter(new, requires_grad=False)
 
@@ -163,12 +152,12 @@ def check_mergeable(layer: nn.Module, path: str = "") -> Scheme | None:
     """
     scheme = scheme_of(layer)
     what = f"{path}, a {type(layer).__name__}," if path else f"A {type(layer).__name__}"
-    if scheme is not None and scheme.write is None:
+    if scheme is not None and scheme.obstacle:
         raise ValueError(f"{what} cannot take up an adapter ({scheme.name}): {scheme.obstacle}. {ADVICE}")
     if scheme is None and not _is_plain(layer):
         weight = layer._parameters.get("weight")
         kind = "no parameter called weight" if weight is None else f"{type(weight.data).__name__} of {weight.dtype}"
-        names = sorted({scheme.name for scheme in SCHEMES.values() if scheme.write is not None})
+        names = sorted({scheme.name for scheme in SCHEMES.values() if not scheme.obstacle})
         raise ValueError(
             f"{what} cannot take up an adapter: its weight is expected to be a plain tensor of float16, bfloat16, "
             f"float32 or float64, or quantised by {', '.join(names)}; found {kind}. {ADVICE}"
@@ -179,13 +168,13 @@ def check_mergeable(layer: nn.Module, path: str = "") -> Scheme | None:
 def read_weight(layer: Any) -> Tensor:
     """The weight as a floating-point tensor in the layer's own layout, (D_out, D_in) if it is quantised."""
     scheme = check_mergeable(layer)
-    return layer.weight.data if scheme is None or scheme.read is None else scheme.read(layer)
+    return layer.weight.data if scheme is None else scheme.read(layer)
 
 
 def write_weight(layer: Any, weight: Tensor) -> dict[str, Any] | None:
     """Replace the weight, quantising it as the former one was; returns what `restore_weight` needs to undo that."""
     scheme = check_mergeable(layer)
-    if scheme is None or scheme.write is None:
+    if scheme is None:
         layer.weight.data = weight
         return None
     former = {name: getattr(layer, name) for name in scheme.fields}
@@ -196,8 +185,8 @@ def write_weight(layer: Any, weight: Tensor) -> dict[str, Any] | None:
 def restore_weight(layer: Any, former: dict[str, Any]) -> None:
     """Undo `write_weight`, to the bit."""
     for name, value in former.items():
-        device = getattr(layer, name).device if name == "weight" else None
-        setattr(layer, name, value.to(device) if device is not None and value.device != device else value)
+        moved = name == "weight" and value.device != layer.weight.device
+        setattr(layer, name, value.to(layer.weight.device) if moved else value)
     if hasattr(layer, "state"):
         layer.state.reset_grads()
 

@@ -53,16 +53,15 @@ def register(config_class: type, model_class: type) -> None:
     from .peft_patches import patch_peft_model
 
     member: Any = extend_str_enum(PeftType, METHOD.upper(), METHOD.upper())
-    registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
-    if registered is not None:
-        if registered.__module__.partition(".")[0] != __name__.partition(".")[0]:
-            warnings.warn(
-                f"This release of PEFT brings a method {member.value} of its own ({registered.__module__}). It was "
-                "left as it is, and peft_trex did not register its own: use PEFT's, or an older PEFT.",
-                stacklevel=2,
-            )
-            return
-        for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
-            mapping.pop(member, None)
+    registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(member, config_class)
+    if registered.__module__.partition(".")[0] != __name__.partition(".")[0]:
+        warnings.warn(
+            f"This release of PEFT brings a method {member.value} of its own ({registered.__module__}). It was left "
+            "as it is, and peft_trex did not register its own: use PEFT's, or an older PEFT.",
+            stacklevel=2,
+        )
+        return
+    for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
+        mapping.pop(member, None)
     register_peft_method(name=METHOD, config_cls=config_class, model_cls=model_class)
     patch_peft_model(PeftModel)

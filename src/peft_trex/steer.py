@@ -23,14 +23,12 @@ def steer_trex(model: nn.Module, semantic_prior: Any) -> Iterator[None]:
             model.generate(**inputs)
         model.generate(**inputs, semantic_prior=[3, -1, 5])   # the same for one call, row by row
 
-    Every forward and `generate` takes the same as the argument `semantic_prior`, which goes before a block around it;
-    within blocks the innermost counts. What goes on from a cache keeps the prior that its prompt had.
-
-    Blocks hold for the thread that they are entered in. Adapters that are disabled take no part, and are not asked for
-    anything; the token router stays as it is.
+    Every forward and `generate` takes the same as the argument `semantic_prior`. It goes before a block around it, and
+    an inner block before an outer one. What goes on from a cache keeps the prior that its prompt had. Blocks hold for
+    the thread that they are entered in. Disabled adapters take no part; the token router stays as it is.
 
     Args:
-        model: a model with a T-REX adapter, as `get_peft_model` returns it or around that.
+        model: a model with a T-REX adapter.
         semantic_prior: for all rows at once, or row by row (by sequence, where rows pack several):
 
             - cluster ids in [0, K), an int or whole numbers (B,): the scores are the cosines cos(c_k, c_j) of that

@@ -30,20 +30,17 @@ def settle_targets(config: Any, model: nn.Module) -> Any:
     """
     if config.target_modules is None:
         config.target_modules = "all-linear"
-    if _is_all_linear(config):
+    all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+    if all_linear:
         _leave_out(config, model)
-    _check_fused_experts(config, model)
-    if _is_all_linear(config):
-        _include_quantised(config, model)
-    if _is_all_linear(config) and config.layers_to_transform is not None:
-        # PEFT picks no layers from names in full, so the last part of each name stands for it.
+    _check_fused_experts(config, model, all_linear)
+    if all_linear:
         _maybe_include_all_linear_layers(config, model)
-        config.target_modules = {name.rpartition(".")[2] for name in config.target_modules}
+        config.target_modules |= _quantised_layers(model)
+        if config.layers_to_transform is not None:
+            # PEFT picks no layers from names in full, so the last part of each name stands for it.
+            config.target_modules = {name.rpartition(".")[2] for name in config.target_modules}
     return config
-
-
-def _is_all_linear(config: Any) -> bool:
-    return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
 
 
 def _leave_out(config: Any, model: nn.Module) -> None:
@@ -59,36 +56,27 @@ def _leave_out(config: Any, model: nn.Module) -> None:
         config.exclude_modules = {*(config.exclude_modules or ()), *names}
 
 
-def _include_quantised(config: Any, model: nn.Module) -> None:
-    """Add quantised layers of other classes than `nn.Linear`, which alone PEFT looks for."""
+def _quantised_layers(model: nn.Module) -> set[str]:
+    """The quantised layers of other classes than `nn.Linear`, which alone PEFT looks for; the head is none of them."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     modules = dict(model.named_modules())
     adapted = tuple(f"{path}." for path, module in modules.items() if isinstance(module, BaseTunerLayer))
-    quantised = {
-        path
-        for path, module in modules.items()
-        if not isinstance(module, nn.Linear) and module is not head and not path.startswith(adapted)
-        if scheme_of(module) is not None
-    }
-    if quantised:
-        _maybe_include_all_linear_layers(config, model)
-        config.target_modules |= quantised
+    others = {path: module for path, module in modules.items() if module is not head and not path.startswith(adapted)}
+    return {path for path, module in others.items() if not isinstance(module, nn.Linear) and scheme_of(module)}
 
 
-def _check_fused_experts(config: Any, model: nn.Module) -> None:
+def _check_fused_experts(config: Any, model: nn.Module, all_linear: bool) -> None:
     """Refuse targets that are experts held in one three-dimensional parameter, and warn where such are left out."""
-    all_linear = _is_all_linear(config)
     anything = copy.copy(config)
     anything.target_modules = ".*"
-    weights = 0
-    left_out: list[str] = []
+    left_out: dict[str, int] = {}
     for path, module in model.named_modules():
+        if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)) or scheme_of(module) is not None:
+            continue
         for name, parameter in module.named_parameters(recurse=False):
             shape = _shape_of(parameter)
-            if len(shape) != 3 or isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)) or scheme_of(module) is not None:
-                continue
             # Modules that are excluded or trained in full are no targets.
-            if not check_target_module_exists(anything, path):
+            if len(shape) != 3 or not check_target_module_exists(anything, path):
                 continue
             targets = [] if all_linear else _targets_of_expert(config, path, name)
             for target in targets:
@@ -101,14 +89,13 @@ def _check_fused_experts(config: Any, model: nn.Module) -> None:
                         f"exclude_modules={[path.rpartition('.')[2]]}."
                     )
             if targets or (all_linear and "expert" in f"{path}.{type(module).__name__}".lower()):
-                weights += math.prod(shape)
-                left_out += [] if path in left_out else [path]
+                left_out[path] = left_out.get(path, 0) + math.prod(shape)
     if left_out and not config.inference_mode:
         total = sum(math.prod(_shape_of(parameter)) for parameter in model.parameters())
-        more = ", ..." if len(left_out) > 2 else ""
+        names = [*list(left_out)[:2], "..."][: len(left_out)]
         warnings.warn(
-            f"The experts in {', '.join(left_out[:2])}{more} are not adapted: T-REX adapts linear layers, and "
-            f"these hold {100 * weights / total:.0f} % of the model's weights in three-dimensional parameters.",
+            f"The experts in {', '.join(names)} are not adapted: T-REX adapts linear layers, and these hold "
+            f"{100 * sum(left_out.values()) / total:.0f} % of the model's weights in three-dimensional parameters.",
             stacklevel=2,
         )
 
@@ -129,12 +116,9 @@ def _targets_of_expert(config: Any, path: str, name: str) -> list[str]:
 
 def _names_a_layer(target: str, model: nn.Module) -> bool:
     """Whether a target fits the name of a linear layer."""
-    for path, module in model.named_modules():
-        # Quantised layers of any library have this attribute.
-        linear = isinstance(module, (Conv1D, BaseTunerLayer)) or hasattr(module, "in_features")
-        if linear and f".{path}".endswith(f".{target}"):
-            return True
-    return False
+    modules = [module for path, module in model.named_modules() if f".{path}".endswith(f".{target}")]
+    # Quantised layers of any library have this attribute.
+    return any(isinstance(module, (Conv1D, BaseTunerLayer)) or hasattr(module, "in_features") for module in modules)
 
 
 def check_target(target: nn.Module, parent: nn.Module, path: str) -> None:
@@ -156,10 +140,9 @@ def check_target(target: nn.Module, parent: nn.Module, path: str) -> None:
 
 def check_pattern(config: Any, layers: Iterable[str]) -> None:
     """Raise a ValueError if `expert_pattern` names layers that the adapter is not in."""
-    unknown = sorted(set(config.expert_pattern) - set(layers))
-    if unknown:
+    if unknown := set(config.expert_pattern) - set(layers):
         raise ValueError(
-            f"expert_pattern names {len(unknown)} modules that the adapter is not in, such as {unknown[0]!r}; it "
+            f"expert_pattern names {len(unknown)} modules that the adapter is not in, such as {min(unknown)!r}; it "
             f"takes names in full, as {min(layers)!r}."
         )
 
@@ -173,11 +156,10 @@ def check_untied(model: nn.Module, layers: Mapping[str, BaseTunerLayer]) -> None
             owners.setdefault(id(weight), []).append(path)
     for path, layer in layers.items():
         paths = owners.get(id(layer.get_base_layer()._parameters.get("weight")), [])
-        if len(paths) > 1:
-            others = [other for other in paths if not other.startswith(f"{path}.")]
+        others = [other for other in paths if not other.startswith(f"{path}.")]
+        if others:
             raise ValueError(
-                f"The weight of {path} is tied to that of {', '.join(others)}: merging an adapter into it would "
-                "change both, and nothing was merged. Leave the module out with exclude_modules, untie the two before "
-                "the adapter is made (a copy of the weight, and tie_word_embeddings=False in the model's "
-                "configuration), or serve the adapter as it is."
+                f"The weight of {path} is tied to that of {', '.join(others)}: a merge would change both, and nothing "
+                "was merged. Leave the module out with exclude_modules, untie the two before the adapter is made (a "
+                "copy of the weight, and tie_word_embeddings=False in the model's configuration), or do not merge."
             )

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback
 
-from ..data_pass import check_count
-from ..layer import TRexLayer
+from ..data_pass import Attended, check_count
 from ..model import find_tuner
 from ..prior.inputs import Inputs
 from .figures import SHUT
-from .routing import Rows, routing_parts
+from .routing import routing_parts
 from .statistics import entropy_of, shares_of, used_experts
 
 
@@ -51,12 +49,10 @@ class TRexRoutingCallback(TrainerCallback):
                 "trainer.add_callback(TRexRoutingCallback(trainer))."
             )
         check_count("every", every, least=0, none=False)
-        self.trainer = trainer
-        self.adapter_name = adapter_name
-        self.every = every
+        self.trainer, self.adapter_name, self.every = trainer, adapter_name, every
         # The last step of which a forward was watched.
         self._watched: int | None = None
-        self._layers: dict[str, TRexLayer] = {}
+        self._layers: dict[str, Any] = {}
         self._hooks = ExitStack()
         # The entropy, the used experts and the router's share (3,) of each layer in the watched forward.
         self._rows: list[Tensor] = []
@@ -70,9 +66,31 @@ class TRexRoutingCallback(TrainerCallback):
         self._hooks.close()
         step = state.global_step + 1
         due = self._watched is None or step - self._watched >= self.every
-        if self.every and due and step % max(1, int(state.logging_steps)) == 0 and not args.torch_compile:
-            self._watched, self._rows = step, []
-            self._attach(model)
+        if not (self.every and due and step % max(1, int(state.logging_steps)) == 0) or args.torch_compile:
+            return
+        self._watched, self._rows = step, []
+        tuner = find_tuner(model)
+        attended = self._hooks.enter_context(Attended(tuner))
+
+        @torch.no_grad()
+        def watch(layer: Any, args: tuple[Tensor, ...]) -> None:
+            p, by_token, by_prior = routing_parts(layer, self.adapter_name, args[0], attended.kept(args[0], layer))
+            share = by_token.abs().sum(-1) / (by_token.abs() + by_prior.abs()).sum(-1).clamp(min=1e-30)
+            used = used_experts(shares_of(by_token + by_prior).mean(0)) / p.shape[-1]
+            # The entropy of a single expert is zero, and so is log 1.
+            entropy = entropy_of(p).mean() / math.log(max(p.shape[-1], 2))
+            self._rows.append(torch.stack((entropy, used, share.mean())))
+
+        # The next forward alone is watched: gradient checkpointing calls the layers once again.
+        hooks = [
+            tuner.model.register_forward_pre_hook(
+                lambda _, args, arguments: attended.start(Inputs.of(arguments)), with_kwargs=True
+            ),
+            *(layer.register_forward_pre_hook(watch) for layer in self._layers.values()),
+            tuner.model.register_forward_hook(lambda *_: self._hooks.close(), always_call=True),
+        ]
+        for hook in hooks:
+            self._hooks.callback(hook.remove)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._hooks.close()
@@ -87,54 +105,29 @@ class TRexRoutingCallback(TrainerCallback):
         figures: dict[str, float] = {}
         for name in ("omega", "gate"):
             logits = [
-                layer.trex_settings[self.adapter_name]["temperature"] * logit.float()
+                layer.trex_settings[self.adapter_name].temperature * logit.float()
                 for layer in self._layers.values()
                 if (logit := _whole(getattr(layer, f"trex_{name}")[self.adapter_name])) is not None
             ]
             if logits:
-                values = torch.sigmoid(torch.cat([logit.to(logits[0].device) for logit in logits])).cpu()
+                values = torch.sigmoid(_stack(logits))
                 figures[f"routing/{name}"] = float(values.mean())
                 if name == "gate":
                     figures["routing/gates_shut"] = int((values < SHUT).sum())
         if self._rows:
-            entropy, used, share = torch.stack([row.to(self._rows[0].device) for row in self._rows]).cpu().unbind(-1)
-            if not entropy.isnan().all():
-                figures["routing/router_entropy"] = float(entropy.nanmean())
+            entropy, used, share = _stack(self._rows).unbind(-1)
+            if any(self.adapter_name in layer.trex_router for layer in self._layers.values()):
+                figures["routing/router_entropy"] = float(entropy.mean())
             figures["routing/token_share"] = float(share.mean())
             figures["routing/used_experts"] = float(used.mean())
             figures["routing/used_experts_min"] = float(used.min())
             self._rows = []
         return figures
 
-    def _attach(self, model: nn.Module) -> None:
-        """Watch the next forward alone: gradient checkpointing calls the layers once again."""
-        tuner = find_tuner(model)
-        rows = Rows(tuner)
-        self._hooks.enter_context(rows)
 
-        def start(_: nn.Module, args: tuple[Any, ...], arguments: Mapping[str, Any]) -> None:
-            rows.start(Inputs.of(arguments))
-
-        self._hooks.callback(tuner.model.register_forward_pre_hook(start, with_kwargs=True).remove)
-        for layer in self._layers.values():
-            assert isinstance(layer, nn.Module)
-            self._hooks.callback(layer.register_forward_pre_hook(partial(self._watch, rows)).remove)
-        self._hooks.callback(
-            tuner.model.register_forward_hook(lambda *_: self._hooks.close(), always_call=True).remove
-        )
-
-    @torch.no_grad()
-    def _watch(self, rows: Rows, layer: Any, args: tuple[Tensor, ...]) -> None:
-        kept = rows.kept(args[0], layer)
-        x = layer._cast_input_dtype(args[0], layer.trex_A[self.adapter_name].dtype)
-        p, by_token, by_prior = routing_parts(layer, self.adapter_name, x).at(kept)
-        experts = by_token.shape[-1]
-        share = by_token.abs().sum(-1) / (by_token.abs() + by_prior.abs()).sum(-1).clamp(min=1e-30)
-        load = shares_of(by_token + by_prior).mean(0)
-        entropy = share.new_tensor(torch.nan) if p is None else entropy_of(p).mean()
-        if experts > 1:
-            entropy = entropy / torch.log(share.new_tensor(float(experts)))
-        self._rows.append(torch.stack((entropy, used_experts(load) / experts, share.mean())))
+def _stack(tensors: list[Tensor]) -> Tensor:
+    """Tensors of layers, which may be on several devices, on the CPU."""
+    return torch.stack([tensor.to(tensors[0].device) for tensor in tensors]).cpu()
 
 
 def _whole(parameter: Any) -> Tensor | None:

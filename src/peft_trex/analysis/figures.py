@@ -1,10 +1,12 @@
-"""The figures of a routing report, as data without behaviour.
+"""The figures of a layer in a routing report, and how the layers are put together.
 
-Axis legend: E experts, r_a input and r_b output vectors, K clusters.
+Axis legend: E experts, r_a input and r_b output vectors.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,8 +34,7 @@ class LayerRouting:
         used_experts: exp of the entropy of `load`, from 1 to E: how many experts all tokens together use.
         token_share: the router's share of a token's weights, in [0, 1]; the rest is the prior's.
         core_rank: how many directions the weights mix: the effective rank tr(GG')^2 / tr(GG'GG') of a token's weights
-            (r_a, r_b). It is 1 where all experts weigh alike, since their sum then has rank one. None in the paired
-            layout.
+            (r_a, r_b). It is 1 where all experts weigh alike. None in the paired layout.
         energy: what the adapter adds, relative to the output of the layer it is in.
         input_contribution: (r_a,), the energy that would go if this input vector went, relative to the adapter's.
             Vectors that cancel each other may have more than 1 together.
@@ -75,17 +76,39 @@ class LayerRouting:
         return {name: value for name, value in vars(self).items() if name != "moments"}
 
 
-@dataclass(frozen=True)
-class RoutingFigures:
-    """The fields of a [`RoutingReport`], which describes them."""
+def kinds_of(layers: Mapping[str, LayerRouting]) -> dict[str, dict[int, LayerRouting]]:
+    """The layers by kind and block: `model.layers.3.mlp.up_proj` is an `up_proj` in block 3.
 
-    adapter_name: str
-    tokens: int
-    layers: dict[str, LayerRouting]
-    groups: dict[str, int]
-    clusters: tuple[int, ...]  # (K,)
-    group_clusters: dict[str, tuple[int, ...]]  # (K,)
-    prior_spread: float | None
-    purity: float | None
-    nmi: float | None
-    group_overlap: float | None
+    A kind keeps as many parts of the name as tell the kinds apart.
+    """
+    kinds: dict[str, dict[int, LayerRouting]] = {}
+    for name, layer in layers.items():
+        match = re.match(r"(.*?)\.(\d+)\.(.+)$", name)
+        kind, block = (f"{match[1]}.{match[3]}", int(match[2])) if match else (name, 0)
+        kinds.setdefault(kind, {})[block] = layer
+    short: dict[str, dict[int, LayerRouting]] = {}
+    parts = 0
+    while len(short) < len(kinds):
+        parts += 1
+        short = {".".join(kind.split(".")[-parts:]): blocks for kind, blocks in kinds.items()}
+    return short
+
+
+def group_changes(
+    layers: Mapping[str, LayerRouting], groups: Mapping[str, int], most: int | None = None
+) -> dict[str, np.ndarray]:
+    """How far each expert's load (E,) in a group is above its mean over the groups, as a share of that mean.
+
+    The loads are means over the layers of the commonest size. `most` keeps the groups of the most prompts.
+    """
+    grouped = [layer for layer in layers.values() if layer.group_load]
+    sizes = [len(layer.load) for layer in grouped]
+    size = max(sizes, key=sizes.count, default=0)
+    loads = [layer.group_load for layer in grouped if len(layer.load) == size]
+    labels = [label for label in groups if all(label in load for load in loads)]
+    largest = set(sorted(labels, key=lambda label: -groups[label])[:most])
+    labels = [label for label in labels if label in largest]
+    if not labels:
+        return {}
+    mean = np.mean([[load[label] for label in labels] for load in loads], axis=0)  # (groups, E)
+    return dict(zip(labels, mean / np.maximum(mean.mean(0), 1e-30) - 1, strict=True))

@@ -6,23 +6,24 @@ Axis legend: E experts, K clusters.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .figures import LayerRouting, RoutingFigures
-from .text import kinds_of, mean_group_load, summary
+from .figures import LayerRouting, group_changes, kinds_of
 
 # The number of groups that are drawn, those of the most prompts.
 GROUPS = 24
 # Room in inches: above a map for its title, below it for its ticks, right of it for its colours, and for the heading.
 ABOVE, BELOW, BAR, HEAD = 0.3, 0.4, 0.75, 0.4
-Kinds = dict[str, dict[int, str]]
+# The layers of each kind by block, None where a block has none.
+Grid = Mapping[str, Sequence[LayerRouting | None]]
 
 
 class _Map(NamedTuple):
-    """A heatmap of values (rows, columns), its range of colours (None for the values' own) and the names beside it.
+    """A heatmap of values (rows, columns), and its range of colours, None for the values' own.
 
     The columns are the model's blocks, unless `columns` says what else they are. No `rows` leaves the rows numbered.
     """
@@ -36,7 +37,13 @@ class _Map(NamedTuple):
     columns: str = ""
 
 
-def draw(figures: RoutingFigures, path: str | os.PathLike[str]) -> None:
+def draw(
+    path: str | os.PathLike[str],
+    title: str,
+    layers: Mapping[str, LayerRouting],
+    groups: Mapping[str, int],
+    group_clusters: Mapping[str, Sequence[int]],
+) -> None:
     """Draw a report to a file; see [`RoutingReport.plot`]."""
     try:
         from matplotlib.figure import Figure
@@ -45,12 +52,17 @@ def draw(figures: RoutingFigures, path: str | os.PathLike[str]) -> None:
             "Drawing a routing report needs matplotlib, which is not installed: pip install 'peft-trex[plot]', or "
             "take to_markdown() or to_dict()."
         ) from error
-    kinds = kinds_of(figures.layers)
-    blocks = sorted({block for names in kinds.values() for block in names})
-    groups = _group_maps(figures)
-    rows = _in_rows(0.22 * len(kinds), _layer_maps(figures, kinds, blocks))
-    rows += _in_rows(1.5, _expert_maps(figures, kinds, blocks))
-    rows += _in_rows(0.24 * len(groups[0].rows), groups) if groups else []
+    kinds = kinds_of(layers)
+    blocks = sorted({block for by_block in kinds.values() for block in by_block})
+    grid = {kind: [by_block.get(block) for block in blocks] for kind, by_block in kinds.items()}
+    changes = group_changes(layers, groups, most=GROUPS)
+    bands = [
+        (0.22 * len(grid), _layer_maps(grid)),
+        (1.5, _expert_maps(grid)),
+        (0.24 * len(changes), _group_maps(changes, group_clusters)),
+    ]
+    # Each row has two maps of the same height.
+    rows = [(height, maps[start : start + 2]) for height, maps in bands for start in range(0, len(maps), 2)]
     # The maps are placed by hand, in inches: matplotlib's own layouts take many times the time of all the rest.
     map_width = max(5.0, 0.12 * len(blocks))
     left = 0.4 + 0.075 * max(len(name) for _, maps in rows for heatmap in maps for name in heatmap.rows)
@@ -58,23 +70,16 @@ def draw(figures: RoutingFigures, path: str | os.PathLike[str]) -> None:
     heights = [row_height for row_height, _ in rows]
     height = HEAD + sum(heights) + len(rows) * (ABOVE + BELOW)
     figure = Figure(figsize=(width, height))
-    title = summary(figures).partition(";")[0]
     figure.text(0.5, 1 - 0.12 / height, title, ha="center", va="top", fontsize=10)
     for row, (row_height, maps) in enumerate(rows):
         y = height - HEAD - sum(heights[: row + 1]) - row * (ABOVE + BELOW) - ABOVE
-        for column, heatmap in enumerate(maps):
-            x = column * width / 2 + left
+        for x, heatmap in zip((left, left + width / 2), maps, strict=False):
             axes, scale = (
                 figure.add_axes((start / width, y / height, size / width, row_height / height))
                 for start, size in ((x, map_width), (x + map_width + 0.08, 0.12))
             )
             _draw_map(heatmap, axes, scale, blocks)
     figure.savefig(path, dpi=110)
-
-
-def _in_rows(height: float, maps: list[_Map]) -> list[tuple[float, list[_Map]]]:
-    """Rows of two maps, each with its height in inches."""
-    return [(height, maps[start : start + 2]) for start in range(0, len(maps), 2)]
 
 
 def _draw_map(heatmap: _Map, axes: Any, scale: Any, blocks: list[int]) -> None:
@@ -91,24 +96,17 @@ def _draw_map(heatmap: _Map, axes: Any, scale: Any, blocks: list[int]) -> None:
         axes.set_ylabel("expert", fontsize=7)
     if heatmap.columns:
         axes.set_xlabel(heatmap.columns, fontsize=7)
-        return
-    step = next((step for step in (1, 2, 5, 10, 20, 50) if len(blocks) <= 20 * step), 100)
-    axes.set_xticks(range(0, len(blocks), step), [str(block) for block in blocks[::step]], fontsize=7)
+    else:
+        step = next((step for step in (1, 2, 5, 10, 20, 50) if len(blocks) <= 20 * step), 100)
+        axes.set_xticks(range(0, len(blocks), step), [str(block) for block in blocks[::step]], fontsize=7)
 
 
-def _layer_maps(figures: RoutingFigures, kinds: Kinds, blocks: list[int]) -> list[_Map]:
-    """The maps of one number a layer (kinds, blocks), as far as the report has the numbers."""
+def _layer_maps(grid: Grid) -> list[_Map]:
+    """The maps of one number a layer (kinds, blocks), without those whose number no layer has."""
 
     def of(read: Callable[[LayerRouting], float | None]) -> np.ndarray:
-        values = np.full((len(kinds), len(blocks)), np.nan)
-        for row, names in enumerate(kinds.values()):
-            for block, name in names.items():
-                value = read(figures.layers[name])
-                values[row, blocks.index(block)] = np.nan if value is None else value
-        return values
-
-    def largest(values: np.ndarray, least: float) -> float:
-        return max([least, *values[~np.isnan(values)].tolist()])
+        # NumPy makes NaN of None.
+        return np.array([[layer and read(layer) for layer in row] for row in grid.values()], float)
 
     energy = of(lambda layer: np.log10(max(layer.energy, 1e-8)))
     dead = of(lambda layer: len(layer.dead) / len(layer.load))
@@ -121,39 +119,36 @@ def _layer_maps(figures: RoutingFigures, kinds: Kinds, blocks: list[int]) -> lis
         _Map("router's entropy for a token, of log E", of(lambda layer: layer.router_entropy), 0.0, 1.0, "viridis"),
         _Map("experts that all tokens use, share of E", used, 0.0, 1.0, "viridis"),
         _Map("router's share of the weights", of(lambda layer: layer.token_share), 0.0, 1.0, "RdBu_r"),
-        _Map("rank of what the weights mix", rank, 1.0, largest(rank, 1.5), "viridis"),
+        _Map("rank of what the weights mix", rank, 1.0, np.nanmax(rank, initial=1.5), "viridis"),
         _Map("dead experts, share of E", dead, 0.0, 1.0, "magma"),
-        _Map("what an expert tells about the group, nats", nats, 0.0, largest(nats, 1e-3), "magma"),
+        _Map("what an expert tells about the group, nats", nats, 0.0, np.nanmax(nats, initial=1e-3), "magma"),
     ]
-    return [heatmap._replace(rows=list(kinds)) for heatmap in maps if not np.isnan(heatmap.values).all()]
+    return [heatmap._replace(rows=list(grid)) for heatmap in maps if not np.isnan(heatmap.values).all()]
 
 
-def _expert_maps(figures: RoutingFigures, kinds: Kinds, blocks: list[int]) -> list[_Map]:
+def _expert_maps(grid: Grid) -> list[_Map]:
     """The load of each expert (E, blocks), in a map for each kind of layer."""
     maps = []
-    for kind, names in kinds.items():
-        loads = {block: np.array(figures.layers[name].load) for block, name in names.items()}
-        values = np.full((max(map(len, loads.values())), len(blocks)), np.nan)
-        for block, load in loads.items():
-            values[: len(load), blocks.index(block)] = np.log2(np.maximum(load * len(load), 1e-9))
+    for kind, row in grid.items():
+        loads = [np.array(layer.load if layer else ()) for layer in row]
+        columns = [np.log2(np.maximum(load * len(load), 1e-9)) for load in loads]
+        # Blocks with fewer experts, or none, are filled up.
+        values = np.array(list(zip_longest(*columns, fillvalue=np.nan)))
         maps.append(_Map(f"load of each expert, log2 against the mean: {kind}", values, -3.0, 3.0, "RdBu_r"))
     return maps
 
 
-def _group_maps(figures: RoutingFigures) -> list[_Map]:
-    """The experts (groups, E) and the clusters (groups, K) of the largest groups; no maps without groups."""
-    groups, loads = mean_group_load(figures)
-    if not groups:
+def _group_maps(changes: Mapping[str, np.ndarray], group_clusters: Mapping[str, Sequence[int]]) -> list[_Map]:
+    """The experts (groups, E) and the clusters (groups, K) of groups; no maps without groups."""
+    if not changes:
         return []
-    largest = sorted(sorted(range(len(groups)), key=lambda place: -figures.groups[groups[place]])[:GROUPS])
-    groups, loads = [groups[place] for place in largest], loads[largest]
-    change = 100 * (loads / np.maximum(loads.mean(0), 1e-30) - 1)
-    limit = max(1e-9, float(np.abs(change).max()))
-    maps = [_Map("an expert's load in a group, against all (%)", change, -limit, limit, "RdBu_r", groups, "expert")]
-    if figures.group_clusters:
-        none = (0,) * len(figures.clusters)
-        counts = np.array([figures.group_clusters.get(label, none) for label in groups], float)
+    labels, percent = list(changes), 100 * np.stack(list(changes.values()))
+    limit = max(1e-9, float(np.abs(percent).max()))
+    maps = [_Map("an expert's load in a group, against all (%)", percent, -limit, limit, "RdBu_r", labels, "expert")]
+    if group_clusters:
+        none = np.zeros_like(next(iter(group_clusters.values())))
+        counts = np.array([group_clusters.get(label, none) for label in labels], float)
         shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         title = "clusters of a group's prompts (share)"
-        maps.append(_Map(title, shares, 0.0, float(shares.max()), "magma", groups, "cluster"))
+        maps.append(_Map(title, shares, 0.0, shares.max(), "magma", labels, "cluster"))
     return maps

@@ -7,8 +7,7 @@ clusters, U prompts of a batch.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,13 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data_pass import Attended, Data, check_count, check_unmerged, data_pass
-from ..layer import TRexLayer
 from ..mixture import router_logits, weigh_experts
 from ..model import TRexModel, find_peft_model, find_tuner
 from ..prior.inputs import Inputs
-from .figures import LayerRouting
 from .report import RoutingReport
-from .statistics import ClusterSums, LayerSums, RoutingParts
+from .statistics import ClusterSums, LayerSums
 
 GroupBy = str | Callable[[dict[str, Any]], Sequence[Any] | Tensor]
 
@@ -72,7 +69,7 @@ def routing_report(
     check_unmerged(tuner, "its routing is looked at")
     running, recorder = find_peft_model(model), _Recorder(tuner, adapter_name)
     data = Data(dataloader, max_batches, "T-REX routing" if progress else None)
-    with data_pass(tuner, adapter_name, data) as batches, recorder.attached():
+    with data_pass(tuner, adapter_name, data) as batches, recorder:
         for batch in batches:
             labels = _labels(batch, group_by)
             recorder.start(Inputs.of(batch), labels)
@@ -80,140 +77,113 @@ def routing_report(
     return recorder.report()
 
 
-def routing_parts(layer: TRexLayer, adapter_name: str, x: Tensor) -> RoutingParts:
-    """The routing (..., E) of a layer for its input (..., D_in), within a forward.
+def routing_parts(layer: Any, adapter_name: str, x: Tensor, kept: Tensor) -> list[Tensor]:
+    """The routing of the tokens that a mask (...) keeps of a layer's input (..., D_in), within a forward.
 
-    The sum of the router's and the prior's part is `layer.expert_weights`.
+    It is the router's probabilities (N, E), zero without a router, and the router's and the prior's part of the
+    experts' weights (N, E), whose sum is `layer.expert_weights`.
     """
-    experts, settings = layer.experts_of(adapter_name), layer.settings_of(adapter_name)
+    experts, settings = layer.experts_of(adapter_name), layer.trex_settings[adapter_name]
+    x = layer._cast_input_dtype(x, experts.A.dtype)
     prior = layer._prior_for(adapter_name, x, experts)
-    omega = torch.sigmoid(settings.temperature * layer.trex_omega[adapter_name].float())
-    p, by_token, by_prior = None, x.new_zeros(1, dtype=torch.float32), x.new_zeros(1, dtype=torch.float32)
+    omega = torch.sigmoid(settings.temperature * experts.omega.float())
+    p = by_prior = x.new_zeros(1, dtype=torch.float32)
     if experts.router is not None:
         logits = router_logits(x, experts.router, experts.router_down)
         p = weigh_experts(x, logits, None, None, settings._replace(token_scale=1.0))
-        by_token = omega * settings.token_scale * p
     if prior is not None:
         by_prior = (1 - omega) * weigh_experts(x, None, prior, None, settings)
-    shape = (*x.shape[:-1], max(by_token.shape[-1], by_prior.shape[-1]))
-    return RoutingParts(p, by_token.expand(shape), by_prior.expand(shape))
+    by_token = omega * settings.token_scale * p
+    shape = (*x.shape[:-1], max(p.shape[-1], by_prior.shape[-1]))
+    return [values.expand(shape)[kept] for values in (p, by_token, by_prior)]
 
 
-class Rows(Attended):
-    """For every layer: which tokens of the batch that runs are no padding, and the prompt that each belongs to."""
+class _Recorder(Attended):
+    """Sums up what the layers of an adapter do, by hooks on each layer and on the module that it adapts."""
 
-    def __init__(self, tuner: TRexModel) -> None:
+    # These are the labels of the running batch's prompts, and the number of each row's prompt (B,), or of each
+    # token's (B, T) where rows hold several.
+    labels: list[str] | None
+    numbers: Tensor
+    # All layers see the same prompts, so the first one that can tell their clusters counts them.
+    clusters_counted: bool
+
+    def __init__(self, tuner: TRexModel, adapter_name: str) -> None:
         super().__init__(tuner)
-        self.labels: list[str] | None = None  # (U,)
-        self.count = 0
-        # The prompt of each token (B, T), where a row holds several.
-        self._index: Tensor | None = None
-        self._rows = 0
+        self.adapter_name = adapter_name
+        self.sums = {name: LayerSums(layer, adapter_name) for name, layer in tuner.layers_of(adapter_name).items()}
+        self.clusters = ClusterSums()
+
+    def __enter__(self) -> _Recorder:
+        super().__enter__()
+        for sums in self.sums.values():
+            layer = sums.layer
+            self.callback(layer.register_forward_pre_hook(partial(self._before, sums)).remove)
+            self.callback(layer.base_layer.register_forward_hook(partial(self._after_base, sums)).remove)
+        return self
 
     def start(self, inputs: Inputs, labels: list[str] | None = None) -> None:
         """Take up a batch, and the labels of its rows, or of its sequences where rows hold several."""
         super().start(inputs)
-        self._index, self._rows, self.count = None, inputs.rows, inputs.rows
-        tokens, mask = inputs.tokens, inputs.mask
-        if isinstance(tokens, Tensor) and tokens.dim() == 2 and (mask is None or mask.dim() == 2):
-            prompts = inputs.prompts(causal=False)
-            self._index, self.count = prompts.index, prompts.count
-        self.labels = labels
-        if labels is None or len(labels) == self.count:
+        self.clusters_counted = False
+        rows = count = inputs.rows
+        self.labels, self.numbers, packed = labels, torch.arange(rows), ""
+        prompts = inputs.packed_prompts(rows)
+        if prompts is not None and prompts.index is not None:
+            self.numbers, count, packed = prompts.index, prompts.count, f" that pack {prompts.count} sequences"
+        if labels is None or len(labels) == count:
             return
-        if len(labels) != self._rows:
-            packed = "" if self._index is None else f" that pack {self.count} sequences"
+        if len(labels) != rows:
             raise ValueError(
-                f"group_by gave {len(labels)} labels for a batch of {self._rows} rows{packed}; expected one a row."
+                f"group_by gave {len(labels)} labels for a batch of {rows} rows{packed}; expected one a row."
             )
-        assert self._index is not None
-        row_of_prompt = torch.zeros(self.count, dtype=torch.long)
-        row_of_prompt[self._index.flatten().cpu()] = torch.arange(self._rows).repeat_interleave(self._index.shape[1])
-        self.labels = [labels[row] for row in row_of_prompt.tolist()]
+        # The numbers rise, and padding has that of the sequence before it, so a sequence begins where its first is.
+        begins = torch.searchsorted(self.numbers.flatten(), torch.arange(count, device=self.numbers.device))
+        self.labels = [labels[row] for row in (begins // self.numbers.shape[1]).tolist()]
 
-    def prompts_of(self, x: Tensor) -> Tensor | None:
+    def _prompts_of(self, x: Tensor) -> Tensor | None:
         """The number (...) of each token's prompt for a layer's input (..., D_in); None where that does not tell."""
-        if self._index is not None:
-            index = self._index.to(x.device)
-            if x.shape[:-1] == index.shape:
-                return index
-            return index.flatten() if x.shape[:-1] == (index.numel(),) else None
-        numbers = torch.arange(self._rows, device=x.device)
-        if x.shape[0] == self._rows:
-            return numbers.reshape(-1, *[1] * (x.dim() - 2)).expand(x.shape[:-1])
-        if x.dim() == 2 and self._rows and x.shape[0] % self._rows == 0:
-            return numbers.repeat_interleave(x.shape[0] // self._rows)
+        numbers, axes = self.numbers.to(x.device), x.shape[:-1]
+        if axes[: numbers.dim()] == numbers.shape:
+            return numbers.reshape(*numbers.shape, *[1] * (len(axes) - numbers.dim())).expand(axes)
+        if len(axes) == 1 and axes[0] % numbers.numel() == 0:
+            return numbers.flatten().repeat_interleave(axes[0] // numbers.numel())
         return None
 
-
-class _Recorder:
-    """Sums up what the layers of an adapter do, by hooks on each layer and on the module that it adapts."""
-
-    def __init__(self, tuner: TRexModel, adapter_name: str) -> None:
-        self.adapter_name = adapter_name
-        self.layers: dict[str, Any] = tuner.layers_of(adapter_name)
-        self.rows, self.clusters = Rows(tuner), ClusterSums()
-        self.sums = {
-            name: LayerSums(
-                layer.trex_A[adapter_name],
-                layer.trex_B[adapter_name],
-                grid=layer.trex_settings[adapter_name]["layout"] == "grid",
-            )
-            for name, layer in self.layers.items()
-        }
-        # The tokens to count in the layers that have got their input, and whose base layer has not run yet.
-        self._kept: dict[str, Tensor] = {}
-        # All layers see the same prompts, so the first one that can tell their clusters counts them.
-        self._clusters_counted = False
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        with self.rows, ExitStack() as hooks:
-            for name, layer in self.layers.items():
-                hooks.callback(layer.register_forward_pre_hook(partial(self._before, name)).remove)
-                hooks.callback(layer.base_layer.register_forward_hook(partial(self._after_base, name)).remove)
-            yield
-
-    def start(self, inputs: Inputs, labels: list[str] | None) -> None:
-        self.rows.start(inputs, labels)
-        self._clusters_counted = False
-
-    def _before(self, name: str, layer: Any, args: tuple[Tensor, ...]) -> None:
+    def _before(self, sums: LayerSums, layer: Any, args: tuple[Tensor, ...]) -> None:
         x = args[0]
-        kept, prompts = self.rows.kept(x, layer), self.rows.prompts_of(x)
-        self._kept[name] = kept
-        if prompts is not None and not self._clusters_counted:
+        kept, prompts = self.kept(x, layer), self._prompts_of(x)
+        sums.kept = kept
+        if prompts is not None:
+            prompts = prompts[kept]
             self._count_clusters(layer, x, kept, prompts)
         A = layer.trex_A[self.adapter_name]
-        x = layer._cast_input_dtype(x, A.dtype)
-        parts = routing_parts(layer, self.adapter_name, x).at(kept)
-        numbers = None if prompts is None else prompts[kept]
-        self.sums[name].add(F.linear(x, A)[kept], parts, numbers, self.rows.labels)
+        a = F.linear(layer._cast_input_dtype(x, A.dtype), A)[kept]
+        sums.add(a, routing_parts(layer, self.adapter_name, x, kept), prompts, self.labels)
 
-    def _after_base(self, name: str, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        kept = self._kept.get(name)
-        if kept is not None and output.shape[:-1] == kept.shape:
-            self.sums[name].add_base(output[kept.to(output.device)])
-            del self._kept[name]
+    def _after_base(self, sums: LayerSums, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if sums.kept is not None:
+            sums.base += output[sums.kept.to(output.device)].float().square().sum().to(sums.base)
+            sums.kept = None
 
-    def _count_clusters(self, layer: TRexLayer, x: Tensor, kept: Tensor, prompts: Tensor) -> None:
+    def _count_clusters(self, layer: Any, x: Tensor, kept: Tensor, prompts: Tensor) -> None:
         """Count the prompts by their scores, which are the same for all tokens of a prompt."""
-        uses_prior = layer.trex_uses_prior[self.adapter_name]
-        scores = layer._channel.scores(self.adapter_name, x) if uses_prior else None
+        if self.clusters_counted or not layer.trex_uses_prior[self.adapter_name]:
+            return
+        scores = layer._channel.scores(self.adapter_name, x)
         if scores is None:
             return
-        self._clusters_counted = True
+        self.clusters_counted = True
         scores = scores.reshape(*scores.shape[:-1], *[1] * (x.dim() - scores.dim()), scores.shape[-1])
         scores = scores.expand(*x.shape[:-1], scores.shape[-1])[kept].float()  # (N, K)
-        by_prompt = scores.new_zeros(self.rows.count, scores.shape[-1])
-        by_prompt[prompts[kept]] = scores
-        present = torch.zeros(self.rows.count, dtype=torch.bool, device=x.device)
-        present[prompts[kept]] = True
-        self.clusters.add(by_prompt, present, self.rows.labels)
+        numbers, places = prompts.unique(return_inverse=True)
+        by_prompt = scores.new_zeros(len(numbers), scores.shape[-1])
+        by_prompt[places] = scores
+        self.clusters.add(by_prompt, [None if self.labels is None else self.labels[n] for n in numbers.tolist()])
 
     def report(self) -> RoutingReport:
         """The report on all data so far; a ValueError if no layer saw a token."""
-        called = [name for name, sums in self.sums.items() if sums.tokens]
+        called = {name: sums for name, sums in self.sums.items() if sums.tokens}
         uncalled = [name for name in self.sums if name not in called]
         if not called:
             raise ValueError("The dataloader gave no batch with a token; a report needs some.")
@@ -223,30 +193,14 @@ class _Recorder:
                 "in the report.",
                 stacklevel=3,
             )
-        counts = [{label: group.prompts for label, group in self.sums[name].groups.items()} for name in called]
-        groups = dict(sorted(max(counts, key=lambda prompts: sum(prompts.values())).items()))
+        groups = max((sums.prompts() for sums in called.values()), key=lambda prompts: sum(prompts.values()))
         return RoutingReport(
             adapter_name=self.adapter_name,
-            tokens=max(self.sums[name].tokens for name in called),
-            layers={name: self._figures(name) for name in called},
+            tokens=max(sums.tokens for sums in called.values()),
+            layers={name: sums.figures(name) for name, sums in called.items()},
             groups=groups,
             **self.clusters.figures(list(groups)),
         )
-
-    def _figures(self, name: str) -> LayerRouting:
-        layer, sums, adapter_name = self.layers[name], self.sums[name], self.adapter_name
-        temperature = layer.trex_settings[adapter_name]["temperature"]
-        omega, gate = (
-            float(torch.sigmoid(temperature * logits[adapter_name].detach().double().cpu()))
-            for logits in (layer.trex_omega, layer.trex_gate)
-        )
-        B = layer.trex_B[adapter_name].detach().to(sums.device).double()
-        if not (sums.is_finite() and torch.isfinite(B).all()):
-            raise ValueError(
-                f"NaN or infinity came up in the layer {name}: the adapter {adapter_name!r} seems to be broken, or "
-                "the model on this data."
-            )
-        return sums.figures(omega, gate, B.T @ B, routed=adapter_name in layer.trex_router)
 
 
 def _labels(batch: dict[str, Any], group_by: GroupBy | None) -> list[str] | None:

@@ -5,7 +5,7 @@ Axis legend: N tokens, S sets of tokens that are summed apart, r_b the width of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,7 @@ from torch import Tensor
 RIDGE = {"core": 1e-8, "input": 1e-4}
 
 
-@dataclass
-class Moments:
+class Moments(NamedTuple):
     """Float64 sums over the tokens of S sets: z z^T (S, n, n), m z^T (S, r_b, n), m m^T (S, r_b, r_b), tokens (S,).
 
     A single set may come without the axis S.
@@ -47,8 +46,7 @@ class Moments:
 
     def of(self, index: int | None = None) -> Moments:
         """The moments of one set, or of all tokens, without the axis S."""
-        sums = (self.zz, self.mz, self.mm, self.tokens)
-        return Moments(*(total.sum(0) if index is None else total[index] for total in sums))
+        return Moments(*(total.sum(0) if index is None else total[index] for total in self))
 
     def solve(self, start: Tensor, pull: Tensor) -> Tensor:
         """The U (r_b, n) that minimises `sum |m - U z|^2 + tr((U - start) pull (U - start)^T)`."""
@@ -65,6 +63,5 @@ def ridge(zz: Tensor, share: float) -> Tensor:
 
     As a pull of `Moments.solve`, it keeps the start in the directions that no token took.
     """
-    scale = zz.diagonal().mean()
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return share * scale * torch.eye(len(zz), dtype=zz.dtype, device=zz.device)
+    scale = zz.diagonal().mean().item()
+    return share * (scale if scale > 0 else 1.0) * torch.eye(len(zz), dtype=zz.dtype, device=zz.device)

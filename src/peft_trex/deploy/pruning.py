@@ -3,8 +3,7 @@
 Axis legend: B rows and T tokens of a batch, N tokens whose predictions count, V words.
 
 What is missed follows from the report (see `prune_plan`), except for two things: the softmax is over fewer experts,
-which a layer's token scale makes up for on average, and later layers see other inputs. `pruning_curve` measures what
-that does to the model.
+which a layer's token scale makes up for on average, and later layers see other inputs.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..analysis.report import RoutingReport
 from ..config import TRexConfig
@@ -26,14 +26,17 @@ from ..model import TRexModel, find_peft_model, find_tuner
 from ..prior.inputs import Inputs
 from .prune_plan import LayerCosts, Selection, choose
 
+# A layer holds these by adapter: parameters, modules, settings and buffers.
+KINDS = (*TRexLayer.adapter_layer_names, *TRexLayer.other_param_names)
+
 
 @dataclass(frozen=True)
 class TRexPruneReport:
     """What `prune_trex` did.
 
     Attributes:
-        keep: the share that was asked for.
-        parameters_before, parameters: of the adapter's layers, before and after.
+        keep: the share of the parameters that was asked for.
+        parameters_before, parameters: how many the adapter's layers had before, and have now.
         error: share of what the adapter adds that is missed, by the moments of the routing report; a layer counts by
             what it adds relative to its base layer's output.
         layers: the same for each layer by itself; 1 for one that is gone.
@@ -62,9 +65,8 @@ class PruningPoint:
     """A point of `pruning_curve`.
 
     Attributes:
-        keep: the share that was asked for.
-        parameters, share: of the pruned adapter, and relative to the whole one.
-        error: what it misses, as in [`TRexPruneReport`].
+        keep, parameters, error: as in [`TRexPruneReport`].
+        share: of the whole adapter's parameters.
         kl: KL(whole || pruned) of the predictions, in nats, mean over the tokens that count.
     """
 
@@ -78,15 +80,14 @@ class PruningPoint:
 def prune_trex(model: nn.Module, report: RoutingReport, keep: float = 1.0) -> TRexPruneReport:
     """Remove the input and output vectors of an adapter that carry least, and layers that carry nothing.
 
-    What a vector carries is measured: the energy of the change of its layer's output if it were removed and the others
-    took over what they can, relative to the base layer's output. Single vectors or whole layers go one after the
-    other, whichever misses least for each parameter that it saves. Layers whose gate is shut (below 0.001), and what
-    carries less than a millionth of what its layer adds, go in any case.
+    What a vector carries is the energy of the change of its layer's output if it were removed and the others took over
+    what they can, relative to the base layer's output. Single vectors or whole layers go one after the other,
+    whichever misses least for each parameter that it saves. Layers whose gate is shut (below 0.001), and what carries
+    less than a millionth of what its layer adds, go in any case.
 
     The adapter is changed in place: the configuration names the vectors that are left in `expert_pattern`, and layers
-    that are gone are those of the base model again. It saves, loads, trains, merges and exports as before. Calibrated
-    static weights are dropped; an optimizer must be made anew. To go back, save the adapter first. A short training
-    afterwards mends most of the loss.
+    that are gone are those of the base model again. Calibrated static weights are dropped; an optimizer must be made
+    anew. To go back, save the adapter first. A short training afterwards mends most of the loss.
 
     Args:
         model: a model with the adapter, which has not changed since the report.
@@ -94,19 +95,27 @@ def prune_trex(model: nn.Module, report: RoutingReport, keep: float = 1.0) -> TR
         keep: share of the parameters of the adapter's layers, in (0, 1], that are kept at most. 1 removes only what
             carries nothing. `pruning_curve` shows what each share costs.
 
-    Returns:
-        A report: sizes, and what is missed.
-
     Raises:
         ValueError, TypeError: for another `keep`, a report of another adapter or of this one before it was changed, an
             adapter that is merged, sharded or offloaded, or if nothing would be left.
     """
     pruner = _Pruner(model, report)
     selections, pruned = pruner.plan(keep)
-    # A layer that gets an adapter makes all of the active adapters trainable.
-    with flags_kept(pruner.tuner):
-        config = pruner.apply(selections)
-    pruner.finish(config, pruned.removed)
+    config, states = pruner.prune(selections)
+    tuner = pruner.tuner
+    if pruned.removed:
+        rest = {name: layer for name, layer in pruner.layers.items() if name not in pruned.removed}
+        names = target_names(tuner.model, rest)
+        config.target_modules = set(names) if isinstance(names, list) else names  # type: ignore[assignment]
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    pruner.put(states)
+    tuner.peft_config[pruner.adapter_name] = config
+    tuner.forget_static(pruner.adapter_name)
+    for name in pruned.removed:
+        layer: Any = pruner.layers[name]
+        if not layer.trex_A.keys():
+            tuner.model.set_submodule(name, layer.base_layer)
+            tuner.targeted_module_names = [other for other in tuner.targeted_module_names if other != name]
     return pruned
 
 
@@ -126,13 +135,8 @@ def pruning_curve(
 
     Args:
         model, report: as for [`prune_trex`].
-        dataloader: batches as the model's forward takes them.
-        keep: the shares of the parameters to measure, as for [`prune_trex`].
-        max_batches: stop after this many batches; None reads all.
-        progress: show a progress bar.
-
-    Returns:
-        A point for each share, in their order.
+        dataloader, max_batches, progress: as for [`routing_report`].
+        keep: the shares to measure, as for [`prune_trex`]; each gets a point, in their order.
 
     Raises:
         ValueError, TypeError: as [`prune_trex`], and if the data have no token.
@@ -142,27 +146,22 @@ def pruning_curve(
     plans = [pruner.plan(share) for share in keep]
     tuner, peft_model = pruner.tuner, find_peft_model(model)
     totals, count = [0.0] * len(plans), 0
-    whole = pruner.states()
     data = Data(dataloader, max_batches, "T-REX pruning" if progress else None)
     try:
         with Attended(tuner) as attended, data_pass(tuner, pruner.adapter_name, data) as batches:
-            variants = []
-            for selections, _ in plans:
-                pruner.apply(selections)
-                variants.append(pruner.states())
-                pruner.put(whole)
+            variants = [pruner.prune(selections)[1] for selections, _ in plans]
             for batch in batches:
                 attended.start(Inputs.of(batch))
                 mask = _predicting(tuner, batch, attended)
+                pruner.put(pruner.whole)
                 expected = _log_probabilities(peft_model(**batch), mask)
                 count += len(expected)
                 for number, states in enumerate(variants):
                     pruner.put(states)
                     actual = _log_probabilities(peft_model(**batch), mask)
                     totals[number] += float((expected.exp() * (expected - actual)).sum(dtype=torch.float64))
-                pruner.put(whole)
     finally:
-        pruner.put(whole)
+        pruner.put(pruner.whole)
     if not count:
         raise ValueError("The dataloader gave no batch with a token to predict from; a curve needs some.")
     return [
@@ -183,10 +182,11 @@ class _Pruner:
     def __init__(self, model: nn.Module, routing: RoutingReport) -> None:
         if not isinstance(routing, RoutingReport):
             raise TypeError(f"report is a {type(routing).__name__}; expected what routing_report returned.")
-        self.tuner, self.routing, self.adapter_name = find_tuner(model), routing, routing.adapter_name
+        self.tuner, self.adapter_name = find_tuner(model), routing.adapter_name
         self.config = self.tuner.config_of(self.adapter_name)
         self.layers = self.tuner.layers_of(self.adapter_name)
         check_unmerged(self.tuner, "pruning")
+        self.whole = {name: self._state_of(layer) for name, layer in self.layers.items()}
         self.unseen = 0
         for name, layer in self.layers.items():
             parameters = layer.parameters_of(self.adapter_name)
@@ -199,26 +199,19 @@ class _Pruner:
         self.costs: dict[str, LayerCosts] = {}
         for name, measured in routing.layers.items():
             fits = name in self.layers and len(measured.load) == len(self.config.experts_of(name))
-            if not fits or self._gates(self.layers[name]) != (measured.omega, measured.gate):
+            if not fits or _gates(self.whole[name]) != (measured.omega, measured.gate):
                 raise ValueError(
                     f"The report does not fit the adapter {self.adapter_name!r} in the layer {name}: it is of another "
                     "adapter, or this one has changed since. Call routing_report anew."
                 )
-            self.costs[name] = LayerCosts(self.layers[name], self.adapter_name, measured)
-
-    def _gates(self, layer: TRexLayer) -> tuple[float, float]:
-        """omega and gate, as the report has them."""
-        temperature = layer.trex_settings[self.adapter_name]["temperature"]
-        logits = (gate[self.adapter_name].detach().double().cpu() for gate in (layer.trex_omega, layer.trex_gate))
-        omega, gate = (float(torch.sigmoid(temperature * logit)) for logit in logits)
-        return omega, gate
+            self.costs[name] = LayerCosts(self.whole[name], measured)
 
     def plan(self, keep: float) -> tuple[dict[str, Selection], TRexPruneReport]:
-        """What to keep of each layer, so that at most this share of the parameters is left; and the report of that."""
+        """What to keep of each layer, so that at most this share of the parameters is left, and the report of it."""
         if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
             raise ValueError(f"keep={keep!r} must be a share of the parameters, above 0 and at most 1.")
-        selections = choose(self.costs, self.unseen, keep)
-        before = self.unseen + sum(costs.whole().parameters for costs in self.costs.values())
+        before = self.unseen + sum(costs.whole.parameters for costs in self.costs.values())
+        selections = choose(self.costs, self.unseen, keep * before)
         left = self.unseen + sum(selection.parameters for selection in selections.values())
         if not left:
             raise ValueError(
@@ -230,108 +223,87 @@ class _Pruner:
                 f"keep={keep!r} leaves less than a layer of one expert, which has {left} of the adapter's {before} "
                 "parameters."
             )
-        energies = {name: costs.energy for name, costs in self.costs.items()}
+        energies = {name: costs.routing.energy for name, costs in self.costs.items()}
         rest = {name: selection for name, selection in selections.items() if selection.inputs}
-        errors = {name: selection.missed / (energies[name] or 1.0) for name, selection in rest.items()}
         return selections, TRexPruneReport(
             keep=float(keep),
             parameters_before=before,
             parameters=left,
             error=sum(selection.missed for selection in selections.values()) / (sum(energies.values()) or 1.0),
-            layers={name: errors.get(name, 1.0) for name in selections},
+            layers={name: rest[name].missed / energies[name] if name in rest else 1.0 for name in selections},
             sizes={name: (len(selection.inputs), len(selection.outputs)) for name, selection in rest.items()},
             removed=tuple(name for name in selections if name not in rest),
         )
 
-    def _pruned_config(self, changed: Mapping[str, Selection]) -> TRexConfig:
-        """The adapter's configuration with an entry for each changed layer, and without the layers that go."""
-        config = copy.deepcopy(self.config)
-        for name, selection in changed.items():
-            config.expert_pattern.pop(name, None)
-            if not selection.inputs:
-                continue
-            # An entry counts vectors as a layer of full size does.
-            inputs, outputs = self.config.vectors_of(name)
-            entry: dict[str, Any] = {
-                "inputs": [inputs[i] for i in selection.inputs],
-                "outputs": [outputs[j] for j in selection.outputs],
-            }
-            load = self.routing.layers[name].router_load
-            if load is not None:
-                # The softmax over the experts that are left gives each of them more; on average, this takes it back.
-                mass = sum(load[expert] for expert in self.costs[name].experts(selection.inputs, selection.outputs))
-                scale = self.layers[name].trex_settings[self.adapter_name]["token_scale"]
-                entry["token_scale"] = scale * max(mass / sum(load), 1e-6)
-            config.expert_pattern[name] = entry
-        rest = {name: layer for name, layer in self.layers.items() if name not in changed or changed[name].inputs}
-        if len(rest) < len(self.layers):
-            names = target_names(self.tuner.model, rest)
-            config.target_modules = set(names) if isinstance(names, list) else names  # type: ignore[assignment]
-            config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-        return config
+    def prune(self, selections: Mapping[str, Selection]) -> tuple[TRexConfig, dict[str, dict[str, Any]]]:
+        """The configuration and the states of an adapter with these vectors alone; this one stays as it is."""
+        config, states = copy.deepcopy(self.config), dict(self.whole)
+        # A layer that gets an adapter makes all of the active adapters trainable.
+        with flags_kept(self.tuner):
+            try:
+                for name, selection in selections.items():
+                    if selection is not self.costs[name].whole:
+                        states[name] = self._shrink(name, selection, config)
+            finally:
+                self.put(self.whole)
+        return config, states
 
     @torch.no_grad()
-    def apply(self, selections: Mapping[str, Selection]) -> TRexConfig:
-        """Leave the layers these vectors, and return the configuration with which a saved adapter gets the same."""
-        changed = {name: chosen for name, chosen in selections.items() if chosen != self.costs[name].whole()}
-        config, states = self._pruned_config(changed), self.states()
-        for name, (inputs, outputs, *_) in changed.items():
-            if not inputs:
-                self.put({name: {}})
-                continue
-            layer, state, costs = self.layers[name], states[name], self.costs[name]
-            experts = costs.experts(inputs, outputs)
-            rows = {"trex_A": inputs, "trex_router": experts, "trex_map": experts}
-            parameters = {kind: state[kind] for kind in layer.adapter_layer_names if kind in state}
-            values = {kind: value[rows[kind]] if kind in rows else value for kind, value in parameters.items()}
-            B, (U, _) = values["trex_B"], costs.take_over(inputs, outputs)
-            wide = torch.promote_types(B.dtype, torch.float32)
-            values["trex_B"] = (B.to(wide) @ U.to(B.device, wide)).to(B.dtype)
-            layer.update_layer(self.adapter_name, config, name)
-            layer.trex_dropout[self.adapter_name] = state["trex_dropout"]
-            for kind, value in values.items():
-                value = value.detach().clone().contiguous()
-                getattr(layer, kind)[self.adapter_name] = nn.Parameter(value, parameters[kind].requires_grad)
-        return config
-
-    def finish(self, config: TRexConfig, removed: Sequence[str]) -> None:
-        """After `apply`: set the configuration, and put base layers back in the place of layers without adapters."""
-        self.tuner.peft_config[self.adapter_name] = config
-        self.tuner.forget_static(self.adapter_name)
-        for name in removed:
-            layer: Any = self.layers[name]
-            if not layer.trex_A.keys():
-                self.tuner.model.set_submodule(name, layer.base_layer)
-                names = self.tuner.targeted_module_names
-                names[:] = [other for other in names if other != name]
-
-    def states(self) -> dict[str, dict[str, Any]]:
-        """What the adapter has in each layer, by kind."""
-        return {
-            name: {kind: holder[self.adapter_name] for kind, holder in _holders(layer) if self.adapter_name in holder}
-            for name, layer in self.layers.items()
+    def _shrink(self, name: str, selection: Selection, config: TRexConfig) -> dict[str, Any]:
+        """Enter the selection in the configuration, and return the layer's state with it; it is empty without one."""
+        layer, state, load = self.layers[name], self.whole[name], self.costs[name].routing.router_load
+        config.expert_pattern.pop(name, None)
+        if not selection.inputs:
+            return {}
+        # An entry counts vectors as a layer of full size does.
+        inputs, outputs = self.config.vectors_of(name)
+        entry: dict[str, Any] = {
+            "inputs": [inputs[i] for i in selection.inputs],
+            "outputs": [outputs[j] for j in selection.outputs],
         }
+        if load is not None:
+            # The softmax over the experts that are left gives each of them more; on average, this takes it back.
+            mass = sum(load[expert] for expert in selection.experts) / sum(load)
+            entry["token_scale"] = state["trex_settings"].token_scale * max(mass, 1e-6)
+        config.expert_pattern[name] = entry
+        layer.update_layer(self.adapter_name, config, name)
+        kept = {kind: state[kind] for kind in (*layer.adapter_layer_names, "trex_dropout") if kind in state}
+        rows = {"trex_A": selection.inputs, "trex_router": selection.experts, "trex_map": selection.experts}
+        values = {kind: state[kind][numbers] for kind, numbers in rows.items() if kind in state}
+        B = state["trex_B"]
+        wide = torch.promote_types(B.dtype, torch.float32)
+        values["trex_B"] = (B.to(wide) @ selection.take_over.to(B.device, wide)).to(B.dtype)
+        smaller = {kind: nn.Parameter(value, state[kind].requires_grad) for kind, value in values.items()}
+        return self._state_of(layer) | kept | smaller
+
+    def _state_of(self, layer: TRexLayer) -> dict[str, Any]:
+        """What a layer holds of the adapter, by kind."""
+        holders = {kind: getattr(layer, kind) for kind in KINDS}
+        return {kind: holder[self.adapter_name] for kind, holder in holders.items() if self.adapter_name in holder}
 
     def put(self, states: Mapping[str, Mapping[str, Any]]) -> None:
-        """Give layers what `states` returned of them; an empty state takes the adapter out of its layer."""
+        """Have the layers hold these states; an empty state takes the adapter out of its layer."""
         for name, state in states.items():
-            for kind, holder in _holders(self.layers[name]):
+            for kind in KINDS:
+                holder = getattr(self.layers[name], kind)
                 if self.adapter_name in holder:
                     del holder[self.adapter_name]
                 if kind in state:
                     holder[self.adapter_name] = state[kind]
 
 
-def _holders(layer: TRexLayer) -> list[tuple[str, Any]]:
-    """What a layer holds by adapter: parameters, modules, settings and buffers."""
-    return [(kind, getattr(layer, kind)) for kind in (*layer.adapter_layer_names, *layer.other_param_names)]
+def _gates(state: Mapping[str, Any]) -> tuple[float, ...]:
+    """omega and gate, as a routing report has them."""
+    temperature = state["trex_settings"].temperature
+    logits = (state[kind].detach().double().cpu() for kind in ("trex_omega", "trex_gate"))
+    return tuple(float(torch.sigmoid(temperature * logit)) for logit in logits)
 
 
 def _predicting(tuner: TRexModel, batch: Mapping[str, Any], attended: Attended) -> Tensor | None:
     """(B, T), bool: the tokens whose predictions count; None where a row has one prediction."""
     labels = batch.get("labels")
     if tuner.prompts.adapters.is_causal() and isinstance(labels, Tensor) and labels.dim() == 2:
-        return torch.cat((labels[:, 1:] != -100, torch.zeros_like(labels[:, :1], dtype=torch.bool)), 1)
+        return F.pad(labels[:, 1:] != -100, (0, 1))
     return attended.masks[-1] if attended.masks else None
 
 

@@ -8,7 +8,7 @@ of autocast. Here N is the number of tokens of all rows, and P the number of the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,63 +16,16 @@ from torch.nn import functional as F
 
 from ..mixture import Experts, Settings, keep_strongest
 from . import cpu, gpu
-from .base import Base
-from .shares import Shares
+from .base import SHORT, Base
 
-SHORT = {torch.bfloat16, torch.float16}
 # CPUs without AVX-512 have no products in half precision, and PyTorch's substitutes take up to ten times as long.
 SLOW_ON_CPU = SHORT if torch.backends.cpu.get_cpu_capability() == "AVX2" else set()
-WIDE = {torch.float32, torch.float64}
-
-
-class Operands(NamedTuple):
-    """The arguments of the autograd function, or their gradients, in its order.
-
-    The base layer's part is its `output`, or else its `weight` and `bias`; the products are made in `dtype`.
-    """
-
-    output: Any = None  # (N, D_out)
-    weight: Any = None  # (D_out, D_in)
-    bias: Any = None  # (D_out,)
-    x: Any = None  # (..., D_in)
-    A: Any = None
-    B: Any = None
-    router: Any = None
-    router_down: Any = None
-    omega: Any = None
-    gate: Any = None
-    prior: Any = None  # (P, E)
-    settings: Any = None
-    dtype: Any = None
-
-
-class Saved(NamedTuple):
-    """The tensors that the backward pass needs, in the order in which autograd keeps them.
-
-    `down` is [A; R] where a cast made it, since stacking again costs little. `h` holds the features and the softmax;
-    where a kernel makes it and `mixed` again, both are None and the features are kept instead.
-    """
-
-    weight: Tensor | None
-    x: Tensor
-    A: Any
-    B: Any  # (D_out, r_b), in the dtype of the products
-    router: Any
-    router_down: Any
-    omega: Any
-    gate: Any
-    prior: Tensor | None
-    down: Tensor | None  # (r_a + E, D_in), or (r_a + Q, D_in)
-    features: Any  # (N, r_a + E), or (N, r_a + Q)
-    h: Any  # (r_a + E, N)
-    mixed: Any  # (N, r_b)
 
 
 def add_fused(base: Base, x: Tensor, experts: Experts, prior: Tensor | None, settings: Settings) -> Tensor:
     """The base layer's output plus the adapter's, (..., D_out); its backward pass refuses `create_graph=True`."""
-    device = x.device.type
+    device, dtype, shape = x.device.type, x.dtype, (*x.shape[:-1], experts.B.shape[0])
     autocast = torch.is_autocast_enabled(device)
-    dtype = x.dtype
     if autocast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     slow = device == "cpu" and dtype in SLOW_ON_CPU
@@ -90,16 +43,20 @@ def add_fused(base: Base, x: Tensor, experts: Experts, prior: Tensor | None, set
         output = output.reshape(-1, output.shape[-1])
     else:
         weight, bias = base.layer.weight, base.layer.bias
-    shape = (*x.shape[:-1], experts.B.shape[0])
-    if not autocast:
-        return _run(output, weight, bias, x, *experts, prior, settings, dtype).view(shape)
-    x = x if dtype == torch.float32 else x.to(dtype)
-    weight, bias = (tensor if tensor is None else tensor.to(dtype) for tensor in (weight, bias))
-    return without_autocast(device, _run, output, weight, bias, x, *experts, prior, settings, dtype).view(shape)
+    if autocast:
+        x = x if dtype == torch.float32 else x.to(dtype)
+        weight, bias = (tensor if tensor is None else tensor.to(dtype) for tensor in (weight, bias))
+    arguments = (output, weight, bias, x, prior, settings, dtype, *experts)
+    # Without gradients there is nothing to keep.
+    if torch.is_grad_enabled():
+        return without_autocast(device, _Mixture.apply, *arguments).view(shape)
+    return without_autocast(device, _Mixture.forward, None, *arguments).view(shape)
 
 
 def without_autocast(device: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function while autocast, which is on, is off; torch.autocast takes four to eight times as long."""
+    """Call a function while autocast is off; torch.autocast takes four to eight times as long."""
+    if not torch.is_autocast_enabled(device):
+        return function(*arguments)
     torch.set_autocast_enabled(device, False)
     try:
         return function(*arguments)
@@ -114,133 +71,103 @@ def stack(experts: Experts) -> Tensor:
     return torch.cat((experts.A, lower))
 
 
-def _run(*operands: Any) -> Tensor:
-    return _Mixture.apply(*operands) if torch.is_grad_enabled() else _forward(Operands(*operands))[0]
-
-
 class _Mixture(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        operands = Operands(*arguments)
-        output, saved, ctx.shares = _forward(operands)
-        ctx.settings, ctx.dtype = operands.settings, operands.dtype
-        ctx.save_for_backward(*saved)
+        """The output (N, D_out), from x (..., D_in) and prior (P, E). The products are made in `dtype`.
+
+        The base layer's part is its output (N, D_out), or is made of its weight (D_out, D_in) and bias (D_out,).
+        """
+        output, weight, bias, x, prior, settings, dtype, *tensors = arguments
+        experts = Experts(*tensors)
+        tokens, down, up = x.reshape(-1, x.shape[-1]), stack(experts), experts.B
+        # A cast takes time even where it changes nothing.
+        if not tokens.dtype == down.dtype == up.dtype == dtype:
+            tokens, down, up = tokens.to(dtype), down.to(dtype), up.to(dtype)
+        scales = features = h = kept = None
+        if gpu.available(tokens):
+            # The kernel's backward pass makes `h` and `mixed` again.
+            features = tokens @ down.T
+            mixed = gpu.mix(_with_logits(features.T, experts, settings).T, prior, experts, settings)
+        else:
+            scales, products = cpu.Scales.of(experts, prior, settings), _tokens_last(tokens, down)
+            features = None if experts.router_down is None else products.T
+            h = _wide(_with_logits(products, experts, settings))
+            kept = mixed = cpu.mix(h, len(experts.A), prior, scales, settings).to(dtype).T
+        if output is None:
+            output = F.linear(tokens, weight, bias).addmm_(mixed, up.T)
+        elif output.dtype == dtype:
+            output = torch.addmm(output, mixed, up.T)
+        else:
+            output = output + (mixed @ up.T).to(output.dtype)
+        if ctx is not None:
+            ctx.settings, ctx.dtype, ctx.scales = settings, dtype, scales
+            # To stack again costs little, to cast again does not.
+            cast = None if dtype == experts.A.dtype else down
+            ctx.save_for_backward(weight, x, prior, cast, features, h, kept, *experts._replace(B=up))
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Operands:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             raise NotImplementedError(
                 "The fast path of T-REX has no second derivative, which create_graph=True asks for. Set "
                 "mixture_implementation='reference' in the TRexConfig."
             )
-        device = grad.device.type
         # The forward chose the dtypes, whatever backward() is called in.
-        if torch.is_autocast_enabled(device):
-            return without_autocast(device, _backward, ctx, grad)
-        return _backward(ctx, grad)
+        return without_autocast(grad.device.type, _backward, ctx, grad)
 
 
-def _forward(operands: Operands) -> tuple[Tensor, Saved, Shares | None]:
-    """The output (N, D_out), and what the backward pass needs."""
-    output, weight, x, prior = operands.output, operands.weight, operands.x, operands.prior
-    settings, dtype, experts = operands.settings, operands.dtype, _experts(operands)
-    tokens = _tokens(x, dtype)
-    shares = features = h = kept = None
-    down, up = stack(experts), experts.B
-    down, up = down if down.dtype == dtype else down.to(dtype), up if up.dtype == dtype else up.to(dtype)
-    if gpu.available(tokens):
-        features = tokens @ down.T
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    weight, x, prior, down, features, h, mixed, *tensors = ctx.saved_tensors
+    experts, settings, dtype = Experts(*tensors), ctx.settings, ctx.dtype
+    _, _, _, needs_x, needs_prior, *_ = ctx.needs_input_grad
+    r_a = len(experts.A)
+    down, up = stack(experts).to(dtype) if down is None else down, experts.B
+    tokens, outgoing = x.reshape(-1, x.shape[-1]).to(dtype), grad.to(dtype)
+    if h is None:
         logits = _with_logits(features.T, experts, settings).T
-        mixed = gpu.mix(logits, prior, experts, settings)
+        du = outgoing @ up
+        mixed, d_h, d_omega, d_gate, d_prior = gpu.mix_backward(logits, du, prior, experts, settings, needs_prior)
     else:
-        shares = Shares.of(experts, settings)
-        products = _tokens_last(tokens, down)
-        features = None if experts.router_down is None else products.T
-        h = _wide(_with_logits(products, experts, settings))
-        mixed = cpu.mix(h, experts.A.shape[0], prior, shares.scales(prior, settings), settings.layout == "paired")
-        kept = mixed = (mixed if mixed.dtype == dtype else mixed.to(dtype)).T
-    if output is None:
-        output = F.linear(tokens, weight, operands.bias).addmm_(mixed, up.T)
-    elif output.dtype == dtype:
-        output = torch.addmm(output, mixed, up.T)
-    else:
-        output = output + (mixed @ up.T).to(output.dtype)
-    cast = None if dtype == experts.A.dtype else down
-    # B is kept in the dtype of the products, in its place between A and the router.
-    return output, Saved(weight, x, experts.A, up, *experts[2:], prior, cast, features, h, kept), shares
-
-
-def _backward(ctx: Any, grad: Tensor) -> Operands:
-    saved, needs = Saved(*ctx.saved_tensors), Operands(*ctx.needs_input_grad)
-    settings, dtype, experts, r_a = ctx.settings, ctx.dtype, _experts(saved), saved.A.shape[0]
-    x, prior, features, mixed = saved.x, saved.prior, saved.features, saved.mixed
-    down, up = stack(experts).to(dtype) if saved.down is None else saved.down, saved.B
-    tokens = _tokens(x, dtype)
-    outgoing = grad if grad.dtype == dtype else grad.to(dtype)
-    if saved.h is None:
-        logits = _with_logits(features.T, experts, settings).T
-        mixed, d_h, d_omega, d_gate, d_prior = gpu.mix_backward(
-            logits, outgoing @ up, prior, experts, settings, needs.prior
-        )
-    else:
-        scales, paired = ctx.shares.scales(prior, settings), settings.layout == "paired"
         dm = _wide(_tokens_last(outgoing, up.T))
-        d_h, d_prior, *sums = cpu.mix_backward(saved.h, r_a, prior, scales, dm, paired, needs.prior)
-        d_omega, d_gate = (saved.h.new_full((1,), value) for value in ctx.shares.gradients(*sums, settings))
+        d_h, d_omega, d_gate, d_prior = cpu.mix_backward(h, r_a, prior, ctx.scales, settings, dm, needs_prior)
         d_h = d_h.T
         # Products in half precision take twice as long if the tokens do not stand first.
         if d_h.dtype != dtype:
             d_h = d_h.to(dtype, memory_format=torch.contiguous_format)
     d_up = None
-    if saved.router_down is not None:
+    if experts.router_down is not None:
         d_logits = d_h[:, r_a:]
         d_up = d_logits.T @ features[:, r_a:]
-        d_h = torch.cat((d_h[:, :r_a], d_logits @ saved.router.to(dtype)), -1)
-    d_A, d_lower = (d_h.T @ tokens).split((r_a, len(down) - r_a))
+        d_h = torch.cat((d_h[:, :r_a], d_logits @ experts.router.to(dtype)), -1)  # type: ignore[union-attr]
+    d_A, d_lower = (d_h.T @ tokens).tensor_split((r_a,))
+    d_router, d_router_down = (d_lower, None) if d_up is None else (d_up, d_lower)
     d_x = None
-    if needs.x:
-        d_x = d_h @ down if saved.weight is None else (outgoing @ saved.weight).addmm_(d_h, down)
+    if needs_x:
+        d_x = d_h @ down if weight is None else (outgoing @ weight).addmm_(d_h, down)
         d_x = d_x.view(x.shape)
+    d_output = grad if weight is None else None
+    d_experts = Experts(d_A, (mixed.T @ outgoing).T, d_router, d_router_down, d_omega, d_gate)
     # Autograd casts the gradients to the dtypes of what they belong to.
-    return Operands(
-        output=grad if saved.weight is None else None,
-        x=d_x,
-        A=d_A,
-        B=(mixed.T @ outgoing).T,
-        router=d_lower if d_up is None else d_up,
-        router_down=None if d_up is None else d_lower,
-        omega=d_omega,
-        gate=d_gate,
-        prior=d_prior,
-    )
-
-
-def _experts(values: Operands | Saved) -> Experts:
-    return Experts(values.A, values.B, values.router, values.router_down, values.omega, values.gate)
-
-
-def _tokens(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N, D_in), of (..., D_in)."""
-    x = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
-    return x if x.dtype == dtype else x.to(dtype)
+    return d_output, None, None, d_x, d_prior, None, None, *d_experts
 
 
 def _tokens_last(x: Tensor, weight: Tensor) -> Tensor:
     """`weight @ x.T` (r, N), of x (N, D) and a few rows (r, D); its strides are those of the faster product."""
-    return weight @ x.T if x.dtype in WIDE else (x @ weight.T).T
+    return (x @ weight.T).T if x.dtype in SHORT else weight @ x.T
 
 
 def _wide(values: Tensor) -> Tensor:
     """The values in float32 or wider; contiguous where they were cast."""
-    return values if values.dtype in WIDE else values.to(torch.float32, memory_format=torch.contiguous_format)
+    return values.to(torch.float32, memory_format=torch.contiguous_format) if values.dtype in SHORT else values
 
 
 def _with_logits(features: Tensor, experts: Experts, settings: Settings) -> Tensor:
     """(r_a + E, N): the features with a reduced router's upper factor applied, and the strongest logits chosen."""
     if experts.router_down is None and settings.top_k is None:
         return features
-    a, z = features.tensor_split((experts.A.shape[0],))
+    a, z = features.tensor_split((len(experts.A),))
     if experts.router_down is not None:
         assert experts.router is not None
         z = experts.router.to(features.dtype) @ z

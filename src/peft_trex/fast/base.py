@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 try:
     from torch.nn.modules.module import _has_any_global_hook
@@ -14,6 +16,9 @@ except ImportError:  # pragma: no cover
         # Without this private name of torch, hooks for all modules cannot be seen. We assume that there are some, so
         # each base layer is called as a module, which costs some time and changes nothing else.
         return True
+
+
+SHORT = {torch.bfloat16, torch.float16}
 
 
 class Base(NamedTuple):
@@ -32,7 +37,7 @@ class Base(NamedTuple):
         if self.output is not None:
             return self.output
         assert self.layer is not None
-        return self.layer(self.x)
+        return F.linear(self.x, self.layer.weight, self.layer.bias)
 
 
 def separable(layer: nn.Module) -> bool:

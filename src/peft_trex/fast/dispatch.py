@@ -10,7 +10,7 @@ from ..mixture import Experts, Settings, apply_experts, mixture_of
 from . import gpu
 from .autograd import add_fused, stack, without_autocast
 from .base import Base
-from .decode import decode
+from .cpu import decode
 
 FEW = 64  # rows, up to which decoding costs more for its calls than for its arithmetic
 
@@ -39,13 +39,10 @@ def add_mixture(
     # Only single tokens are decoded, not all short inputs: a checkpointed forward runs without gradients at first, and
     # must round as its second run does.
     if x.is_cpu and x.dim() == 3 and x.shape[1] == 1 and 0 < x.shape[0] <= FEW and not torch.is_grad_enabled():
+        output = base.compute()
         if base.layer is None:
-            output = base.compute().clone(memory_format=torch.contiguous_format)
-        else:
-            output = F.linear(x, base.layer.weight, base.layer.bias)
-        if torch.is_autocast_enabled("cpu"):
-            return without_autocast("cpu", decode, output, x, experts, prior, settings)
-        return decode(output, x, experts, prior, settings)
+            output = output.clone(memory_format=torch.contiguous_format)
+        return without_autocast("cpu", decode, output, x, experts, prior, settings)
     return add_fused(base, x, experts, prior, settings)
 
 
@@ -63,8 +60,3 @@ def is_fast(x: Tensor, A: Tensor) -> bool:
         return False
     # torch.compile fuses the plain formula better than our kernel, so traced calls take the formula.
     return not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-
-
-def reads_bfloat16(x: Tensor, A: Tensor) -> bool:
-    """Whether the fast path takes a bfloat16 input beside float32 adapters as it is, without a copy in float32."""
-    return x.dtype == torch.bfloat16 and A.dtype == torch.float32 and is_fast(x, A)

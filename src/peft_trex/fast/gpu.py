@@ -1,4 +1,4 @@
-"""The mix as GPU kernels: all between the product with [A; R] and the one with B, in one launch each way.
+"""The mix as a GPU kernel: all between the product with [A; R] and the one with B, in one launch each way.
 
 In plain PyTorch the mix is some ten small operations on (N, E) tensors, and decoding a token waits for their launches.
 Triton is optional: without it this module can still be imported, and `available` is False.
@@ -9,7 +9,7 @@ IN x OUT, padded to powers of two: r_a x r_b, or 1 x E in the paired layout, so 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -47,89 +47,58 @@ def _sigmoid(logit, temperature):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _routing(  # type: ignore[no-untyped-def]
-    h, prior, omega, token, i, j, seen, row, tokens_per_prior, token_scale, prior_scale,
+def _mix(  # type: ignore[no-untyped-def]
+    h, prior, omega_logit, gate_logit, u, du, dh, d_logits, d_prior,
+    tokens, row, tokens_per_prior, token_scale, prior_scale, temperature,
     R_A: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, PAIRED: tl.constexpr,
+    BLOCK: tl.constexpr, IN_PADDED: tl.constexpr, OUT_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """The tensors a (BLOCK, IN, 1), paired (BLOCK, 1, OUT); and p, G and dG / domega (BLOCK, IN, OUT).
-
-    In the padding of IN and OUT, a and p are zero.
-    """
-    h = h + token * row
-    a = tl.load(h + (j if PAIRED else i), mask=seen & ((j < OUT) if PAIRED else (i < IN)), other=0.0).to(tl.float32)
+    """The mixed features, and the gradients where `du` is not None. In the padding of IN and OUT, a and p are zero."""
+    token = (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[:, None, None]
+    i = tl.arange(0, IN_PADDED)[None, :, None]
+    j = tl.arange(0, OUT_PADDED)[None, None, :]
+    seen = token < tokens
+    seen_i, seen_j = seen & (i < IN), seen & (j < OUT)
     inside = (i < IN) & (j < OUT)
-    z = tl.load(h + R_A + i * OUT + j, mask=seen & inside, other=0.0).to(tl.float32)
+    expert = i * OUT + j
+    omega = _sigmoid(omega_logit, temperature)
+    gate = _sigmoid(gate_logit, temperature)
+    h = h + token * row
+    # a is (BLOCK, IN, 1), or (BLOCK, 1, OUT) in the paired layout; p, G and slope, dG / domega, are (BLOCK, IN, OUT).
+    a = tl.load(h + (j if PAIRED else i), mask=seen_j if PAIRED else seen_i, other=0.0).to(tl.float32)
+    z = tl.load(h + R_A + expert, mask=seen & inside, other=0.0).to(tl.float32)
     z = tl.where(inside, z, float("-inf"))
     p = tl.exp(z - tl.max(tl.max(z, axis=2, keep_dims=True), axis=1, keep_dims=True))
     p = p / tl.sum(tl.sum(p, axis=2, keep_dims=True), axis=1, keep_dims=True)
     slope = token_scale * p
     G = omega * slope
     if prior is not None:
-        by_prior = tl.load(prior + token // tokens_per_prior * (IN * OUT) + i * OUT + j, mask=seen & inside, other=0.0)
+        by_prior = tl.load(prior + token // tokens_per_prior * (IN * OUT) + expert, mask=seen & inside, other=0.0)
         by_prior = prior_scale * by_prior.to(tl.float32)
         slope -= by_prior
         G += (1 - omega) * by_prior
-    return a, p, G, slope
-
-
-@_jit
-def _mix(  # type: ignore[no-untyped-def]
-    h, prior, omega_logit, gate_logit, u,
-    tokens, row, tokens_per_prior, token_scale, prior_scale, temperature,
-    R_A: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, PAIRED: tl.constexpr,
-    BLOCK: tl.constexpr, IN_PADDED: tl.constexpr, OUT_PADDED: tl.constexpr,
-):  # fmt: skip
-    token = (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[:, None, None]
-    i = tl.arange(0, IN_PADDED)[None, :, None]
-    j = tl.arange(0, OUT_PADDED)[None, None, :]
-    seen = token < tokens
-    omega = _sigmoid(omega_logit, temperature)
-    a, _p, G, _slope = _routing(
-        h, prior, omega, token, i, j, seen, row, tokens_per_prior, token_scale, prior_scale, R_A, IN, OUT, PAIRED
-    )
-    mixed = _sigmoid(gate_logit, temperature) * tl.sum(a * G, axis=1, keep_dims=True)
-    tl.store(u + token * OUT + j, mixed.to(u.dtype.element_ty), mask=seen & (j < OUT))
-
-
-@_jit
-def _mix_backward(  # type: ignore[no-untyped-def]
-    h, du, prior, omega_logit, gate_logit, u, dh, d_logits, d_prior,
-    tokens, row, tokens_per_prior, token_scale, prior_scale, temperature,
-    R_A: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, PAIRED: tl.constexpr,
-    BLOCK: tl.constexpr, IN_PADDED: tl.constexpr, OUT_PADDED: tl.constexpr,
-):  # fmt: skip
-    token = (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[:, None, None]
-    i = tl.arange(0, IN_PADDED)[None, :, None]
-    j = tl.arange(0, OUT_PADDED)[None, None, :]
-    seen = token < tokens
-    inside = seen & (i < IN) & (j < OUT)
-    omega = _sigmoid(omega_logit, temperature)
-    gate = _sigmoid(gate_logit, temperature)
-    a, p, G, slope = _routing(
-        h, prior, omega, token, i, j, seen, row, tokens_per_prior, token_scale, prior_scale, R_A, IN, OUT, PAIRED
-    )
     m = tl.sum(a * G, axis=1, keep_dims=True)
-    tl.store(u + token * OUT + j, (gate * m).to(u.dtype.element_ty), mask=seen & (j < OUT))
+    tl.store(u + token * OUT + j, (gate * m).to(u.dtype.element_ty), mask=seen_j)
+    if du is not None:
+        d_u = tl.load(du + token * OUT + j, mask=seen_j, other=0.0).to(tl.float32)
+        dm = gate * d_u
+        dG = a * dm
+        dp = omega * token_scale * dG
+        dz = p * (dp - tl.sum(tl.sum(p * dp, axis=2, keep_dims=True), axis=1, keep_dims=True))
+        dh = dh + token * (R_A + IN * OUT)
+        tl.store(dh + R_A + expert, dz.to(dh.dtype.element_ty), mask=seen & inside)
+        if PAIRED:
+            tl.store(dh + j, (G * dm).to(dh.dtype.element_ty), mask=seen & inside)
+        else:
+            da = tl.sum(G * dm, axis=2, keep_dims=True)
+            tl.store(dh + i, da.to(dh.dtype.element_ty), mask=seen_i)
+        if d_prior is not None:
+            tl.store(d_prior + token * (IN * OUT) + expert, (1 - omega) * prior_scale * dG, mask=seen & inside)
 
-    d_u = tl.load(du + token * OUT + j, mask=seen & (j < OUT), other=0.0).to(tl.float32)
-    dm = gate * d_u
-    dG = a * dm
-    dp = omega * token_scale * dG
-    dz = p * (dp - tl.sum(tl.sum(p * dp, axis=2, keep_dims=True), axis=1, keep_dims=True))
-    dh = dh + token * (R_A + IN * OUT)
-    tl.store(dh + R_A + i * OUT + j, dz.to(dh.dtype.element_ty), mask=inside)
-    if PAIRED:
-        tl.store(dh + j, (G * dm).to(dh.dtype.element_ty), mask=inside)
-    else:
-        da = tl.sum(G * dm, axis=2, keep_dims=True)
-        tl.store(dh + i, da.to(dh.dtype.element_ty), mask=seen & (i < IN))
-    if d_prior is not None:
-        tl.store(d_prior + token * (IN * OUT) + i * OUT + j, (1 - omega) * prior_scale * dG, mask=inside)
-
-    # PyTorch adds up one partial sum for each program: unlike atomics, this gives the same result in every run.
-    d_logits = d_logits + tl.program_id(0)
-    tl.store(d_logits, tl.sum(dG * slope) * temperature * omega * (1 - omega))
-    tl.store(d_logits + tl.num_programs(0), tl.sum(d_u * m) * temperature * gate * (1 - gate))
+        # PyTorch adds up one partial sum for each program: unlike atomics, this gives the same result in every run.
+        d_logits = d_logits + tl.program_id(0)
+        tl.store(d_logits, tl.sum(dG * slope) * temperature * omega * (1 - omega))
+        tl.store(d_logits + tl.num_programs(0), tl.sum(d_u * m) * temperature * gate * (1 - gate))
 
 
 def mix(h: Tensor, prior: Tensor | None, experts: Experts, settings: Settings) -> Tensor:
@@ -138,20 +107,11 @@ def mix(h: Tensor, prior: Tensor | None, experts: Experts, settings: Settings) -
     Args:
         h: (N, r_a + E), `A x` and then `R x`, in float32, float16 or bfloat16; may be a slice of wider rows.
         prior: (P, E), one row for every N / P tokens, in any float dtype. None leaves the prior's part out.
-        experts: omega, gate and the number of rows in A are read; both logits are on the device of `h`.
+        experts: omega, gate and the sizes of A and B are read; both logits are on the device of `h`.
         settings: of the mixture; the logits in `h` say already which experts are left by top_k.
     """
-    shape = _shape(h, experts.A.shape[0], settings.layout)
-    u = h.new_empty(h.shape[0], shape["OUT"])
-    h, prior, tokens_per_prior = _laid_out(h, prior)
-    if len(h):
-        with _device_of(h):
-            _mix[(_programs(h, shape),)](
-                *(h, prior, experts.omega, experts.gate, u),
-                *_scalars(h, tokens_per_prior, settings),
-                **shape,
-                num_warps=WARPS,
-            )
+    u = h.new_empty(len(h), experts.B.shape[1])
+    _launch(h, prior, experts, settings, u, None, None, None, None)
     return u
 
 
@@ -163,45 +123,48 @@ def mix_backward(
     Returns:
         u: (N, r_b), in h's dtype: the gradient of B needs it.
         dh: (N, r_a + E), in h's dtype, contiguous.
-        d_omega: one element, float32.
-        d_gate: one element, float32.
+        d_omega, d_gate: one element each, float32.
         d_prior: (P, E), float32, which needs (N, E) numbers for a moment; None without a prior or `needs_prior`.
     """
-    tokens, r_a = h.shape[0], experts.A.shape[0]
-    shape = _shape(h, r_a, settings.layout)
-    programs = _programs(h, shape)
-    u = h.new_empty(tokens, shape["OUT"])
-    dh = h.new_empty(h.shape)
-    d_logits = h.new_empty(2, programs, dtype=torch.float32)
-    d_prior = None
-    if needs_prior and prior is not None:
-        d_prior = h.new_empty(tokens, h.shape[1] - r_a, dtype=torch.float32)
-    h, prior, tokens_per_prior = _laid_out(h, prior)
-    if tokens:
-        with _device_of(h):
-            _mix_backward[(programs,)](
-                *(h, du.contiguous(), prior, experts.omega, experts.gate, u, dh, d_logits, d_prior),
-                *_scalars(h, tokens_per_prior, settings),
-                **shape,
-                num_warps=WARPS,
-            )
+    r_a, d_prior = len(experts.A), None
+    block = _shape(h, r_a, settings.layout)["BLOCK"]
+    u, dh = h.new_empty(du.shape), h.new_empty(h.shape)
+    d_logits = h.new_empty(2, -(-len(h) // block), dtype=torch.float32)
+    if prior is not None and needs_prior:
+        d_prior = h.new_empty(len(h), h.shape[1] - r_a, dtype=torch.float32)
+    _launch(h, prior, experts, settings, u, du.contiguous(), dh, d_logits, d_prior)
     d_omega, d_gate = d_logits.sum(1).split(1)
-    if d_prior is not None and prior is not None:
-        d_prior = d_prior.reshape(prior.shape[0], tokens_per_prior, d_prior.shape[1]).sum(1)
+    if prior is not None and d_prior is not None:
+        d_prior = d_prior.reshape(len(prior), _tokens_per_prior(h, prior), h.shape[1] - r_a).sum(1)
     return u, dh, d_omega, d_gate, d_prior
 
 
-def _scalars(h: Tensor, tokens_per_prior: int, settings: Settings) -> tuple[int | float, ...]:
-    """The kernels' arguments from `tokens` to `temperature`."""
-    scales = float(settings.token_scale), float(settings.prior_scale), float(settings.temperature)
-    return (h.shape[0], h.stride(0), tokens_per_prior, *scales)
+def _launch(h: Tensor, prior: Tensor | None, experts: Experts, settings: Settings, *tensors: Tensor | None) -> None:
+    """Run the kernel; `tensors` are its arguments from `u` to `d_prior`."""
+    if not len(h):
+        return
+    shape = _shape(h, len(experts.A), settings.layout)
+    h, prior = h if h.stride(1) == 1 else h.contiguous(), None if prior is None else prior.contiguous()
+    # Triton launches on the current device, which in a model that is spread over several need not be h's.
+    with torch.cuda.device(h.device) if h.is_cuda else nullcontext():
+        _mix[(triton.cdiv(len(h), shape["BLOCK"]),)](
+            *(h, prior, experts.omega, experts.gate, *tensors),
+            *(len(h), h.stride(0), _tokens_per_prior(h, prior)),
+            *(float(settings.token_scale), float(settings.prior_scale), float(settings.temperature)),
+            **shape,
+            num_warps=WARPS,
+        )
+
+
+def _tokens_per_prior(h: Tensor, prior: Tensor | None) -> int:
+    return 1 if prior is None else len(h) // max(1, len(prior))
 
 
 def _shape(h: Tensor, r_a: int, layout: Layout) -> dict[str, Any]:
     """The constants that a kernel is compiled for."""
     experts = h.shape[1] - r_a
     rows, columns = (r_a, experts // r_a) if layout == "grid" else (1, experts)
-    padded_rows, padded_columns = _power_of_two(rows), _power_of_two(columns)
+    padded_rows, padded_columns = triton.next_power_of_2(rows), triton.next_power_of_2(columns)
     return {
         "R_A": r_a,
         "IN": rows,
@@ -211,25 +174,3 @@ def _shape(h: Tensor, r_a: int, layout: Layout) -> dict[str, Any]:
         "IN_PADDED": padded_rows,
         "OUT_PADDED": padded_columns,
     }
-
-
-def _power_of_two(number: int) -> int:
-    """The least power of two that is not smaller."""
-    return 1 << (number - 1).bit_length()
-
-
-def _programs(h: Tensor, shape: dict[str, Any]) -> int:
-    return -(-len(h) // shape["BLOCK"])
-
-
-def _laid_out(h: Tensor, prior: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
-    """`h` and the prior as the kernels read them, and how many tokens share a row of the prior."""
-    h = h if h.stride(1) == 1 else h.contiguous()
-    if prior is None:
-        return h, None, 1
-    return h, prior.contiguous(), h.shape[0] // max(1, prior.shape[0])  # P is 0 where N is
-
-
-def _device_of(h: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which in a model that is spread over several need not be h's."""
-    return torch.cuda.device(h.device) if h.is_cuda else nullcontext()

@@ -5,14 +5,14 @@ Axis legend: n prompts of the sample, K clusters, d width of an embedding, p dir
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
+from ..prior.semantic_prior import SemanticPrior
 from .reservoir import PART
 
 # A direction whose standard deviation is less than this share of the largest one is rounding.
@@ -37,63 +37,56 @@ class TRexPriorReport:
     sampled: int
 
 
-@dataclass(frozen=True)
-class Clusters:
-    """What clustering found, as the prior takes it."""
-
-    centroids: Tensor  # (K, d), or (K, p) whitened
-    mean: Tensor  # (d,)
-    mean_scores: Tensor  # (K,)
-    whitening: Tensor | None  # (p, d)
-    report: TRexPriorReport
-
-
 def cluster(
-    rows: np.ndarray, mean: np.ndarray, *, clusters: int, prompts: int, seed: int, whitened: int | None
-) -> Clusters:
-    """k-means on a sample (n, d), which is overwritten, of a number of prompts with this mean (d,)."""
+    rows: np.ndarray, total: np.ndarray, *, prior: SemanticPrior, prompts: int, seed: int
+) -> tuple[dict[str, Any], TRexPriorReport]:
+    """k-means on a sample (n, d), which is overwritten, of prompts whose sum is `total` (d,).
+
+    Returns the arguments of `prior.set`, with the prior still as it was, and the report.
+    """
     if not len(rows):
         raise ValueError("None of the prompts has a token, or an embedding that is not zero.")
-    for chunk in _slices(rows):
-        chunk -= mean
-    whitening = None if whitened is None else _whitening(rows, whitened, seed)
+    mean = (total / prompts).astype(np.float32)
+    rows -= mean
+    whitening = None if prior.whitening is None else _whitening(rows, len(prior.whitening), seed)
     unit = rows if whitening is None else rows @ whitening.T
-    for chunk in _slices(unit):
-        chunk[:] = F.normalize(torch.from_numpy(chunk), dim=-1).numpy()
+    F.normalize(torch.from_numpy(unit), dim=-1, out=torch.from_numpy(unit))
+    clusters = len(prior.centroids)
     _check_distinct(unit, clusters, prompts)
     # scikit-learn takes seconds to import, so it is imported where a fit uses it.
     from sklearn.cluster import MiniBatchKMeans
 
     kmeans = MiniBatchKMeans(clusters, init="k-means++", n_init=3, batch_size=4096, random_state=seed).fit(unit)
     middle, within, around = unit.mean(0), 0.0, 0.0
-    for chunk, labels in zip(_slices(unit), _slices(kmeans.labels_), strict=True):
+    for start in range(0, len(unit), PART):
+        chunk, labels = unit[start : start + PART], kmeans.labels_[start : start + PART]
         within += float(((chunk - kmeans.cluster_centers_[labels]) ** 2).sum())
         around += float(((chunk - middle) ** 2).sum())
-    centroids = F.normalize(torch.from_numpy(kmeans.cluster_centers_).float(), dim=-1)
-    return Clusters(
-        centroids=centroids,
-        mean=torch.from_numpy(mean),
-        mean_scores=torch.from_numpy(middle) @ centroids.T,
-        whitening=None if whitening is None else torch.from_numpy(whitening),
-        report=TRexPriorReport(
-            prompts=prompts,
-            cluster_sizes=tuple(np.bincount(kmeans.labels_, minlength=clusters).tolist()),
-            explained_variance=float(np.clip(1 - within / around, 0, 1)),
-            sampled=len(unit),
-        ),
+    centroids = F.normalize(torch.from_numpy(kmeans.cluster_centers_), dim=-1)
+    fit = {
+        "centroids": centroids,
+        "mean": torch.from_numpy(mean),
+        "mean_scores": torch.from_numpy(middle) @ centroids.T,
+        "whitening": None if whitening is None else torch.from_numpy(whitening),
+    }
+    return fit, TRexPriorReport(
+        prompts=prompts,
+        cluster_sizes=tuple(np.bincount(kmeans.labels_, minlength=clusters).tolist()),
+        explained_variance=float(np.clip(1 - within / around, 0, 1)),
+        sampled=len(unit),
     )
 
 
 def _check_distinct(unit: np.ndarray, clusters: int, prompts: int) -> None:
     """Raise a ValueError if the normalised rows (n, d) or (n, p) are too few, or too much alike, to be clustered."""
-    distinct = unit[:0]
-    # As a rule the first chunk is enough.
-    for chunk in _slices(unit, 100 * clusters):
+    distinct, size = unit[:0], 100 * clusters
+    for start in range(0, len(unit), size):
         # The mean over a prompt's tokens differs in its last bits with the padding of its batch, so it is rounded.
-        distinct = np.unique(np.concatenate([distinct, chunk.round(4)]), axis=0)
+        distinct = np.unique(np.concatenate([distinct, unit[start : start + size].round(4)]), axis=0)
+        # As a rule the first chunk is enough.
         if len(distinct) >= clusters:
             break
-    if len(distinct) < clusters:
+    else:
         among = f"{len(unit)} that were {'seen' if len(unit) == prompts else f'sampled of {prompts}'}"
         raise ValueError(
             f"num_clusters={clusters} is more than the {len(distinct)} distinct prompts among the {among}. Give more "
@@ -116,7 +109,3 @@ def _whitening(rows: np.ndarray, whitened: int, seed: int) -> np.ndarray:
             "Give more prompts, or build the adapter with a smaller prior_whitening."
         )
     return (pca.components_ / deviations[:, None]).astype(np.float32)
-
-
-def _slices(array: np.ndarray, size: int = PART) -> Iterator[np.ndarray]:
-    return (array[start : start + size] for start in range(0, len(array), size))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,29 +25,27 @@ if TYPE_CHECKING:
 Encode = Callable[[list[str]], Any]
 # TRL's preference trainers keep the prompt's tokens in a column of their own.
 PROMPT_IDS = "prompt_ids"
-# Elsewhere these columns tell a row's prompt; they are padded by these values.
-ROW_COLUMNS = {"input_ids": 0, "attention_mask": 0, "labels": -100, "completion_mask": 0}
+# Elsewhere these columns tell a row's prompt. They are padded by these values.
+PADDING = {"input_ids": 0, "attention_mask": 0, "labels": -100, "completion_mask": 0}
 
 
 def embed_prompts(
     batch: Mapping[str, Sequence[Any]], encode: Encode, tokenizer: Any, task_type: str = "CAUSAL_LM"
 ) -> dict[str, np.ndarray]:
-    """The column `semantic_embeds` for a tokenised data set, to be given to `Dataset.map`:
+    """The column `semantic_embeds`, (N, d) float32, for a tokenised data set, to be given to `Dataset.map`:
 
         dataset = dataset.map(embed_prompts, batched=True, fn_kwargs={"encode": encode, "tokenizer": tokenizer})
 
     A row's prompt is found as the model finds it: the tokens that are attended to and, for "CAUSAL_LM", come before
     the first that is predicted (label not -100, or `completion_mask` not zero where there are no labels). Rows with
     `prompt_ids`, as TRL's preference trainers make them, name it themselves. It is decoded without special tokens.
+    A row without a prompt gets zeros.
 
     Args:
-        batch: columns of the data set: `input_ids` (or `prompt_ids`), and what tells the prompt from the answer.
+        batch: columns of the data set.
         encode: takes N texts, returns embeddings (N, d): `SentenceTransformer.encode`, for instance.
         tokenizer: the one that made the tokens.
         task_type: that of the TRexConfig; labels mark an answer within the input for "CAUSAL_LM" only.
-
-    Returns:
-        `{"semantic_embeds": (N, d) float32}`, zero for a row without a prompt.
 
     Raises:
         ValueError: if the batch has no tokens, or `encode` returns another shape or a value that is not finite.
@@ -58,18 +58,16 @@ class SemanticEmbedsCollator:
 
     It looks the embeddings up by the tokens of the prompts in the finished batch, so that no column has to come
     through: it works with a Trainer's `remove_unused_columns`, TRL's choice of columns, packing and padding-free rows
-    (one embedding for each sequence, in their order). `TRexPriorCallback` fits the prior from such batches.
+    (one embedding for each sequence, in their order).
 
     Args:
-        collator: any collator that returns `input_ids`, a transformers' or TRL's for instance. With TRL:
-            `trainer.data_collator = SemanticEmbedsCollator(trainer.data_collator, ...)`, since some of its modes take
-            no other when the trainer is built.
+        collator: any collator that returns `input_ids`. With TRL set `trainer.data_collator = SemanticEmbedsCollator(
+            trainer.data_collator, ...)`, since some of its modes take no other when the trainer is built.
         source: a `datasets.Dataset` with the tokenised rows and their `semantic_embeds`, as [`embed_prompts`] makes
             it, with the evaluation rows if there are any (`concatenate_datasets`). It stays where it is; only a digest
             of each prompt is kept. Or `encode`, as [`embed_prompts`] takes it: each prompt is then encoded when it
             comes for the first time, and its embedding kept in memory (in each worker of a DataLoader by itself).
-        tokenizer: the one that made the tokens; only with `encode`.
-        task_type: that of the TRexConfig, as in [`embed_prompts`].
+        tokenizer, task_type: as in [`embed_prompts`]; the tokenizer only with `encode`.
 
     Raises:
         TypeError, ValueError: if the source is neither, lacks a column, or has no tokenizer with it; in a call, if a
@@ -82,12 +80,13 @@ class SemanticEmbedsCollator:
         self.collator = collator
         self.task_type = task_type
         self._embeds_of: _Table | _Encoder
-        if hasattr(source, "column_names"):
+        if isinstance(getattr(source, "column_names", None), list) and hasattr(source, "__len__"):
             self._embeds_of = _Table(source, task_type)
         elif not callable(source):
             raise TypeError(
-                f"source is a {type(source).__name__}; expected a datasets.Dataset with the column {EMBEDS}, or a "
-                "function from texts to embeddings (N, d)."
+                f"source is a {type(source).__name__}; expected a datasets.Dataset, which finds rows by their number, "
+                "or a function from texts to embeddings (N, d). Take one split of a DatasetDict; for a stream, give "
+                "the encoder as source."
             )
         elif tokenizer is None:
             raise ValueError("A function as source gets texts; give the tokenizer too, which made the tokens.")
@@ -106,28 +105,21 @@ class SemanticEmbedsCollator:
 
 
 class _Table:
-    """Embeddings in a data set, found by the digest of their prompt's tokens."""
+    """Embeddings in a data set, which are found by the digest of their prompt's tokens."""
 
     def __init__(self, dataset: Dataset, task_type: str) -> None:
         columns = dataset.column_names
-        if not isinstance(columns, list) or not hasattr(dataset, "__len__"):
-            raise TypeError(
-                f"source is a {type(dataset).__name__}; expected a datasets.Dataset, which finds rows by their "
-                "number. Take one split of a DatasetDict; for a stream, give the encoder as source."
-            )
         if EMBEDS not in columns or not {"input_ids", PROMPT_IDS} & set(columns):
             raise ValueError(
                 f"The data set has the columns {columns}; expected {EMBEDS} and the tokens (input_ids). Add the "
                 "embeddings with dataset.map(embed_prompts, batched=True, ...)."
             )
-        tokens = dataset.select_columns([name for name in (*ROW_COLUMNS, PROMPT_IDS) if name in columns])
+        tokens = dataset.select_columns([name for name in (*PADDING, PROMPT_IDS) if name in columns])
+        batches = tokens.with_format("numpy").iter(batch_size=1000)
+        prompts = chain.from_iterable(_row_prompts(batch, task_type) for batch in batches)
         self.row_of: dict[bytes, int] = {}
-        rows = 0
-        for batch in tokens.with_format("numpy").iter(batch_size=1000):
-            prompts = _row_prompts(batch, task_type)
-            for row, prompt in enumerate(prompts, start=rows):
-                self.row_of.setdefault(_digest(prompt), row)
-            rows += len(prompts)
+        for row, prompt in enumerate(prompts):
+            self.row_of.setdefault(_digest(prompt), row)
         self.embeds = dataset.with_format("numpy", columns=[EMBEDS])
 
     def __call__(self, prompts: list[Tensor]) -> Tensor:
@@ -140,25 +132,24 @@ class _Table:
                 "evaluated on, tokenised, truncated and labelled as in the batch; or give it the encoder as source."
             )
         # Where there is no prompt any row will do, because it becomes zero.
-        embeds = np.stack(self.embeds[[row or 0 for row in rows]][EMBEDS])
-        empty = torch.tensor([row is None for row in rows])
-        return torch.as_tensor(embeds, dtype=torch.float32).masked_fill(empty[:, None], 0.0)
+        embeds = as_array(np.stack(self.embeds[[row or 0 for row in rows]][EMBEDS]))
+        embeds[[row is None for row in rows]] = 0
+        return torch.from_numpy(embeds)
 
 
+@dataclass
 class _Encoder:
-    """Embeddings made when a prompt comes for the first time, and kept."""
+    """Embeddings that are made when a prompt comes for the first time, and kept."""
 
-    def __init__(self, encode: Encode, tokenizer: Any) -> None:
-        self.encode = encode
-        self.tokenizer = tokenizer
-        self.embeds: dict[bytes, np.ndarray] = {}
+    encode: Encode
+    tokenizer: Any
+    embeds: dict[bytes, np.ndarray] = field(default_factory=dict)
 
     def __call__(self, prompts: list[Tensor]) -> Tensor:
         digests = [_digest(prompt) for prompt in prompts]
         new = {digest: prompt for digest, prompt in zip(digests, prompts, strict=True) if digest not in self.embeds}
         if new:
-            embeds = _encode(list(new.values()), self.encode, self.tokenizer)
-            self.embeds.update(zip(new, embeds, strict=True))
+            self.embeds.update(zip(new, _encode(list(new.values()), self.encode, self.tokenizer), strict=True))
         return torch.from_numpy(np.stack([self.embeds[digest] for digest in digests]))
 
 
@@ -170,14 +161,11 @@ def _encode(prompts: Sequence[Tensor], encode: Encode, tokenizer: Any) -> np.nda
     """Embeddings (P, d), float32, of prompts given as tokens; zero for one without any."""
     texts = [tokenizer.decode(prompt.tolist(), skip_special_tokens=True) for prompt in prompts if len(prompt)]
     # Without any text an empty one is encoded, which tells d.
-    encoded = encode(texts or [""])
-    if isinstance(encoded, Tensor):
-        encoded = encoded.detach().float().cpu()
-    encoded = np.asarray(encoded, dtype=np.float32)
-    if encoded.ndim != 2 or len(encoded) != max(len(texts), 1):
+    encoded, count = as_array(encode(texts or [""])), max(len(texts), 1)
+    if encoded.ndim != 2 or len(encoded) != count:
         raise ValueError(
-            f"encode returned an array of shape {encoded.shape} for {max(len(texts), 1)} texts; expected (N, d), one "
-            "embedding for each."
+            f"encode returned an array of shape {encoded.shape} for {count} texts; expected (N, d), one embedding for "
+            "each."
         )
     if not np.isfinite(encoded).all():
         raise ValueError("encode returned NaN or infinity; the embeddings must be finite.")
@@ -186,47 +174,53 @@ def _encode(prompts: Sequence[Tensor], encode: Encode, tokenizer: Any) -> np.nda
     return embeds
 
 
+def as_array(values: Any) -> np.ndarray:
+    """Numbers as float32."""
+    if isinstance(values, Tensor):
+        values = values.detach().float().cpu()
+    # A number too large for float32 becomes infinity, which is refused later, by name.
+    with np.errstate(over="ignore"):
+        return np.asarray(values, np.float32)
+
+
 def tokenize_prompts(rows: Sequence[Any], tokenizer: Any) -> dict[str, Tensor]:
     """Rows with a `prompt`, a text or messages, as a batch: what TRL's online trainers make of the rows they get."""
     prompts = [row["prompt"] for row in rows]
     if isinstance(prompts[0], str):
-        ids = tokenizer(text=prompts)["input_ids"]
-    else:
-        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
-        ids = tokenizer.apply_chat_template(conversation=prompts, **options)["input_ids"]
-    return _pad({"input_ids": ids})
+        return _pad(tokenizer(text=prompts))
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    return _pad(tokenizer.apply_chat_template(conversation=prompts, **options))
 
 
 def _pad(rows: Mapping[str, Sequence[Any]]) -> dict[str, Tensor]:
     """Columns of rows of unlike lengths as tensors (B, T), with an attention mask."""
-    columns = {name: rows[name] for name in ROW_COLUMNS if name in rows}
+    columns = {name: rows[name] for name in PADDING if name in rows}
     columns.setdefault("attention_mask", [[1] * len(row) for row in rows["input_ids"]])
-    return {
-        name: pad_sequence([torch.tensor(row, dtype=torch.int64) for row in column], True, ROW_COLUMNS[name])
-        for name, column in columns.items()
-    }
+    return {name: pad_sequence(_tensors(column), True, PADDING[name]) for name, column in columns.items()}
+
+
+def _tensors(rows: Sequence[Any]) -> list[Tensor]:
+    return [torch.tensor(row, dtype=torch.int64) for row in rows]
 
 
 def _row_prompts(batch: Mapping[str, Sequence[Any]], task_type: str) -> list[Tensor]:
     """The prompts' tokens of rows of a data set, which are not padded."""
     if PROMPT_IDS in batch:
-        return [torch.tensor(row, dtype=torch.int64) for row in batch[PROMPT_IDS]]
+        return _tensors(batch[PROMPT_IDS])
     if "input_ids" not in batch:
         raise ValueError(f"The rows have the columns {sorted(batch)}; expected input_ids: tokenise them first.")
     if len(batch["input_ids"]) and np.ndim(batch["input_ids"][0]) == 0:
         raise ValueError("input_ids holds numbers and not rows of them; map with batched=True.")
     # Labels of another task may be anything, and tell nothing of the prompt.
-    columns = ROW_COLUMNS if task_type == "CAUSAL_LM" else ("input_ids", "attention_mask")
+    columns = PADDING if task_type == "CAUSAL_LM" else ("input_ids", "attention_mask")
     return _batch_prompts(_pad({name: batch[name] for name in columns if name in batch}), task_type)
 
 
 def _batch_prompts(batch: Mapping[str, Any], task_type: str) -> list[Tensor]:
     """The prompts' tokens of a finished batch, found by the rule that the model goes by."""
-    inputs, ids = Inputs.of(batch), batch["input_ids"]
+    inputs = Inputs.of(batch)
     inputs.check_packing()
     prompts = inputs.prompts(causal=task_type == "CAUSAL_LM")
-    if prompts.index is None:
-        lengths = prompts.mask.sum(1)
-    else:
-        lengths = torch.bincount(prompts.index[prompts.mask], minlength=prompts.count)
-    return list(ids[prompts.mask].split(lengths.tolist()))
+    mask, index = prompts.mask, prompts.index
+    lengths = mask.sum(1) if index is None else torch.bincount(index[mask], minlength=prompts.count)
+    return list(batch["input_ids"][mask].split(lengths.tolist()))

@@ -6,7 +6,8 @@ Axis legend: N prompts, n prompts of a batch or a chunk, d width of an embedding
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,16 +21,17 @@ from ..layer import TRexLayer
 from ..model import TRexModel, find_tuner
 from ..prior.inputs import EMBEDS, Inputs
 from ..prior.semantic_prior import SemanticPrior
-from .clustering import Clusters, TRexPriorReport, cluster
-from .external import tokenize_prompts
-from .ranks import Ranks, describe
+from .clustering import TRexPriorReport, cluster
+from .external import as_array, tokenize_prompts
+from .ranks import Ranks
 from .reservoir import PART, Reservoir
 
 GIVE_EMBEDDINGS = "embeddings=, of shape (N, prior_dim)"
 # So many bytes of embeddings are held and clustered, but at least so many prompts for each cluster.
 SAMPLE_BYTES = 256 * 10**6
 SAMPLE_PER_CLUSTER = 256
-MEET = 256  # batches, at most, between two meetings of the ranks
+# The ranks meet after so many batches, or earlier.
+MEET = 256
 
 
 def initialize_trex_prior(
@@ -48,18 +50,15 @@ def initialize_trex_prior(
     A prompt's embedding is the mean of the frozen input embeddings over its tokens: those that are attended to and,
     in a causal language model that is given labels or a `completion_mask`, come before the first that is predicted.
     The embeddings are centred by their mean, whitened where the adapter has `prior_whitening`, normalised, and
-    clustered with k-means. Centroids, mean, whitening, and the mean score of each cluster are stored with the adapter,
-    which saves, loads and pushes them. The adapter is touched only when all is done.
+    clustered with k-means. What comes out is stored with the adapter, all at once when all is done.
 
-    Memory does not grow with the data: k-means gets a uniform sample of the prompts of at most 256 MB (62,500 prompts
-    at width 1024), or 256 prompts for each cluster where that is more. Data that come sorted by task do no harm. The
-    mean is that of all prompts; the mean scores are the sample's.
+    Memory does not grow with the data: the mean is that of all prompts, and the rest comes from a uniform sample of at
+    most 256 MB (62,500 prompts at width 1024), or of 256 prompts for each cluster where that is more.
 
     Where torch.distributed is initialised with several processes, all of them must call this, each with its own share
-    of the data (or all with the same). Rank 0 clusters a sample of all shares, and all end with the same values, bit
-    for bit. When a rank fails, is interrupted or killed, all raise when they next meet: after 1, 2, 4, ... and then
-    every 256 batches. Where a data loader itself waits for other ranks (accelerate's `dispatch_batches`), that may
-    take until the process group's timeout.
+    of the data (or all with the same). All end with the same values, bit for bit. When a rank fails, is interrupted or
+    killed, all raise when they next meet: after 1, 2, 4, ... and then every 256 batches. Where a data loader itself
+    waits for other ranks (accelerate's `dispatch_batches`), that may take until the process group's timeout.
 
     Args:
         model: a model with a T-REX adapter, as `get_peft_model` returns it.
@@ -70,13 +69,10 @@ def initialize_trex_prior(
         seed: of the sample and the clustering.
         progress: show a progress bar.
         embeddings: (N, d) embeddings of the training prompts instead of a dataloader, for an adapter with
-            `prior_encoder="external"`, d being its `prior_dim`: a tensor, an array (memory-mapped too), a data set's
-            column, all read in chunks. A dataloader does as well if its batches have `semantic_embeds`, as
+            `prior_encoder="external"` and `prior_dim=d`: a tensor, an array (memory-mapped too) or a data set's
+            column, read in chunks. A dataloader does as well if its batches have `semantic_embeds`, as
             [`SemanticEmbedsCollator`] adds them.
         tokenizer: for a dataloader whose batches are rows with a `prompt`, as those of TRL's GRPOTrainer.
-
-    Returns:
-        A report: prompts seen and clustered, cluster sizes, explained variance.
 
     Raises:
         ValueError, TypeError: if there is no such adapter, it has no prior, the data do not fit its encoder, hold NaN,
@@ -84,23 +80,22 @@ def initialize_trex_prior(
         RuntimeError: if another rank failed.
     """
     # The ranks come first, so that no error on a single rank leaves the others waiting.
-    with Ranks() as ranks:
+    with closing(Ranks()) as ranks:
         tuner, config, prior = _find_prior(model, adapter_name)
         check_count("max_batches", max_batches)
         check_count("seed", seed, least=0, none=False)
         external = config.prior_encoder == "external"
         if (embeddings is None) == (dataloader is None) or (embeddings is not None and not external):
-            wanted = "a dataloader and no embeddings"
-            if external:
-                wanted = f"either {GIVE_EMBEDDINGS}, or a dataloader whose batches have {EMBEDS}"
+            either = f"either {GIVE_EMBEDDINGS}, or a dataloader whose batches have {EMBEDS}"
+            wanted = either if external else "a dataloader and no embeddings"
             encoder = f"prior_encoder={config.prior_encoder!r}"
             raise ValueError(f"The adapter {adapter_name!r} has {encoder}; give {wanted}.")
 
         def embed(number: int, batch: Any) -> np.ndarray:
-            if embeddings is None:
-                rows, place = _embed_batch(tuner, prior.dim, external, batch, tokenizer), f"batch {number}"
-            else:
+            if dataloader is None:
                 rows, place = batch, f"the {PART} rows from {PART * number} on"
+            else:
+                rows, place = _embed_batch(tuner, prior.dim, external, batch, tokenizer), f"batch {number}"
             # The rows of a batch that have no prompt are zero.
             rows = rows[rows.any(1)] if external else rows
             bad = int((~np.isfinite(rows)).any(1).sum())
@@ -111,37 +106,30 @@ def initialize_trex_prior(
                 )
             return rows
 
-        source: AbstractContextManager[Iterable[Any]]
-        if embeddings is not None:
-            source = nullcontext(_chunks(embeddings, prior.dim))
+        if dataloader is None:
+            data = Data(_chunks(embeddings, prior.dim))
         else:
-            assert dataloader is not None
-            source = Data(dataloader, max_batches, "T-REX prior" if progress and ranks.rank == 0 else None).read()
+            data = Data(dataloader, max_batches, "T-REX prior" if progress and ranks.rank == 0 else None)
         whole = nullcontext() if external else tuner.prompts.scorer.whole_embedding()
-        with whole, source as batches:
-            clusters = _sample_and_cluster(batches, embed, prior, ranks, seed)
-        prior.set(clusters.centroids, clusters.mean, clusters.mean_scores, clusters.whitening)
+        with whole, data.read() as batches:
+            fit, report = _sample_and_cluster(batches, embed, prior, ranks, seed)
+        prior.set(**fit)
         tuner.forget_static(adapter_name)
-    return clusters.report
+    return report
 
 
+@dataclass(eq=False)
 class TRexPriorCallback(TrainerCallback):
     """Fits the semantic prior of the active T-REX adapters when training starts, from the training data.
 
     An adapter whose prior is fitted already keeps it, and a resumed training fits nothing. In a distributed training
-    each process reads its share of the data, and all get the same prior. For an adapter with
-    `prior_encoder="external"` the batches need `semantic_embeds`, as [`SemanticEmbedsCollator`] adds them.
-
-    Args:
-        max_batches: read at most this many batches of the training data; None reads all.
-        seed: of the sample and the clustering.
-        progress: show a progress bar.
+    each process reads its share of the data. The arguments, and what is needed of the data, are those of
+    [`initialize_trex_prior`].
     """
 
-    def __init__(self, max_batches: int | None = None, seed: int = 0, progress: bool = True) -> None:
-        self.max_batches = max_batches
-        self.seed = seed
-        self.progress = progress
+    max_batches: int | None = None
+    seed: int = 0
+    progress: bool = True
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, train_dataloader: Any = None, **kwargs: Any
@@ -155,15 +143,8 @@ class TRexPriorCallback(TrainerCallback):
         for name in tuner.active_adapters:
             prior = tuner.prior_of(name)
             if prior is not None and not prior.fitted:
-                initialize_trex_prior(
-                    tuner,
-                    train_dataloader,
-                    adapter_name=name,
-                    max_batches=self.max_batches,
-                    seed=self.seed,
-                    progress=self.progress,
-                    tokenizer=kwargs.get("processing_class"),
-                )
+                tokenizer = kwargs.get("processing_class")
+                initialize_trex_prior(tuner, train_dataloader, adapter_name=name, tokenizer=tokenizer, **asdict(self))
 
 
 def _find_prior(model: nn.Module, adapter_name: str) -> tuple[TRexModel, TRexConfig, SemanticPrior]:
@@ -181,31 +162,23 @@ def _find_prior(model: nn.Module, adapter_name: str) -> tuple[TRexModel, TRexCon
 
 def _chunks(embeddings: Any, dim: int) -> Iterator[np.ndarray]:
     """Embeddings (N, d) in chunks (n, d), float32, because a data set's column makes an object of every number."""
-    shape = getattr(embeddings, "shape", None)
-    if shape is None:  # neither a tensor nor an array
-        shape = (len(embeddings), *_chunk(embeddings, 0, dim).shape[1:])
-    if len(shape) != 2 or shape[1] != dim:
-        raise ValueError(f"embeddings has shape {tuple(shape)}; expected (N, prior_dim) with prior_dim={dim}.")
-    for start in range(0, shape[0], PART):
-        yield _chunk(embeddings, start, dim)
-
-
-def _chunk(embeddings: Any, start: int, dim: int) -> np.ndarray:
-    """(n, d), float32: the embeddings from `start` on."""
-    try:
-        chunk = embeddings[start : start + PART]
-        if isinstance(chunk, (list, tuple)) and isinstance(chunk[0], Tensor):
-            chunk = torch.stack(list(chunk))
-        if isinstance(chunk, Tensor):
-            return chunk.detach().float().cpu().numpy()
-        # A number too large for float32 becomes infinity, which is refused later, by name.
-        with np.errstate(over="ignore"):
-            return np.asarray(chunk, np.float32)
-    except (TypeError, ValueError, IndexError) as error:
-        raise TypeError(
-            f"embeddings is a {type(embeddings).__name__}; expected numbers of shape (N, {dim}) as a tensor, an "
-            "array, a list or a data set's column."
-        ) from error
+    length = (getattr(embeddings, "shape", None) or [len(embeddings)])[0]
+    # Empty embeddings are one chunk, whose shape is checked too.
+    for start in range(0, max(length, 1), PART):
+        try:
+            chunk = embeddings[start : start + PART]
+            if isinstance(chunk, (list, tuple)) and isinstance(chunk[0], Tensor):
+                chunk = torch.stack(chunk)
+            chunk = as_array(chunk)
+        except (TypeError, ValueError, IndexError) as error:
+            raise TypeError(
+                f"embeddings is a {type(embeddings).__name__}; expected numbers of shape (N, {dim}) as a tensor, an "
+                "array, a list or a data set's column."
+            ) from error
+        if chunk.ndim != 2 or chunk.shape[1] != dim:
+            shape = (length, *chunk.shape[1:])
+            raise ValueError(f"embeddings has shape {shape}; expected (N, prior_dim) with prior_dim={dim}.")
+        yield chunk
 
 
 def _embed_batch(tuner: TRexModel, dim: int, external: bool, batch: Any, tokenizer: Any) -> np.ndarray:
@@ -223,7 +196,7 @@ def _embed_batch(tuner: TRexModel, dim: int, external: bool, batch: Any, tokeniz
                 f"The adapter has prior_encoder='external', but a batch has no {EMBEDS} (only {sorted(batch)}); give "
                 f"{GIVE_EMBEDDINGS}, and no dataloader, or wrap the collator in a SemanticEmbedsCollator."
             )
-        return np.concatenate([np.empty((0, dim), np.float32), *_chunks(batch[EMBEDS], dim)])
+        return np.concatenate(list(_chunks(batch[EMBEDS], dim)))
     means, prompts = tuner.prompts.scorer.embed(Inputs.of(batch))
     if means.shape[1] != dim:
         raise ValueError(
@@ -234,29 +207,20 @@ def _embed_batch(tuner: TRexModel, dim: int, external: bool, batch: Any, tokeniz
 
 def _sample_and_cluster(
     batches: Iterable[Any], embed: Callable[[int, Any], np.ndarray], prior: SemanticPrior, ranks: Ranks, seed: int
-) -> Clusters:
+) -> tuple[dict[str, Any], TRexPriorReport]:
     """Read all batches into a sample and cluster it, together with the other ranks."""
-    clusters = prior.centroids.shape[0]
-    capacity = max(SAMPLE_BYTES // (4 * prior.dim), SAMPLE_PER_CLUSTER * clusters)
+    capacity = max(SAMPLE_BYTES // (4 * prior.dim), SAMPLE_PER_CLUSTER * len(prior.centroids))
     reservoir = Reservoir(capacity, prior.dim, (seed, ranks.rank))
     for count, ended, error in _read(batches, lambda *batch: reservoir.add(embed(*batch)), ranks.size == 1):
-        progress = ranks.exchange(Progress(count, ended, reservoir.seen, describe(error)))
-        ranks.raise_together(error, [rank.error for rank in progress])
+        progress = ranks.exchange(Progress(count, ended, reservoir.seen), error)
         if all(rank.ended for rank in progress):
             break
     if not any(rank.batches for rank in progress):
         raise ValueError("The dataloader gave no batch; the prior needs the training prompts.")
     seen = [rank.prompts for rank in progress]
-    sample = ranks.gather(reservoir, seen, capacity)
-    whitened = None if prior.whitening is None else prior.whitening.shape[0]
-
-    def cluster_sample() -> Clusters:
-        assert sample is not None  # on rank 0, where this is called
-        rows, total = sample
-        mean = (total / max(sum(seen), 1)).astype(np.float32)
-        return cluster(rows, mean, clusters=clusters, prompts=sum(seen), seed=seed, whitened=whitened)
-
-    return ranks.from_first(cluster_sample)
+    sample: Any = ranks.gather(reservoir, seen, capacity)
+    # Only rank 0 has the sample, and only there it is clustered.
+    return ranks.from_first(lambda: cluster(*sample, prior=prior, prompts=sum(seen), seed=seed))
 
 
 class Progress(NamedTuple):
@@ -265,13 +229,12 @@ class Progress(NamedTuple):
     batches: int
     ended: bool
     prompts: int
-    error: str | None
 
 
 def _read(
     batches: Iterable[Any], take: Callable[[int, Any], None], alone: bool
 ) -> Iterator[tuple[int, bool, Exception | None]]:
-    """Reads on and gives, whenever the ranks should meet: batches so far, whether these were all, what went wrong.
+    """Read on and give, whenever the ranks should meet: batches so far, whether these were all, what went wrong.
 
     After its last batch a rank goes on to meet the others, as long as they have any. A process that is alone meets
     after each batch, so that an error is raised at once.

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from peft import LoraConfig
@@ -25,8 +25,8 @@ from transformers.pytorch_utils import Conv1D
 from ..layer import APPROXIMATE, TRexLayer
 from ..model import TRexModel, find_peft_model, find_tuner
 from ..prior.inputs import Inputs
-from ..prior.semantic_prior import SemanticPrior
 from . import semantic_router
+from .reader import DOWN, PREFIX, UP
 
 OVERALL = "overall"
 
@@ -42,22 +42,20 @@ def save_trex_as_lora(
     """Save an adapter as plain LoRA, which PEFT, vLLM and others load and serve without this package.
 
     The LoRA hold the static weights that [`calibrate_trex_merge`] found, to the rounding of the adapter's dtype; their
-    rank is r_b or less, and lora_alpha equals it. The folder itself is the adapter for all prompts, "overall". With
-    `per_cluster` it also holds `cluster_00`, `cluster_01`, ..., one adapter for each cluster of prompts, and what
-    chooses between them: `router.json`, `router.safetensors` and `semantic_router.py`, a copy of the module with
-    [`SemanticRouter`], which needs NumPy and safetensors only.
+    rank is r_b or less, and lora_alpha equals it. The folder itself is the adapter for all prompts, "overall".
 
     Args:
         model: a model with a T-REX adapter.
         path: the folder, which must not exist yet, or be empty. The files appear in it when all are written.
         adapter_name: the adapter.
-        per_cluster: save the clusters' adapters, too.
+        per_cluster: also save `cluster_00`, `cluster_01`, ..., one adapter for each cluster of prompts, and what
+            chooses between them: `router.json`, `router.safetensors`, and a copy of the module of [`SemanticRouter`].
         save_embedding_layers: as in PEFT's `save_pretrained`, with each LoRA; "auto" saves resized ones.
 
     Raises:
         FileExistsError: if there is something at `path` already.
-        ValueError: if there is no such adapter, `per_cluster` was not calibrated, the adapter trains biases, or its
-            weights are not finite.
+        ValueError: if there is no such adapter, `per_cluster` was not calibrated, the adapter trains biases, another
+            method's adapter is in the model, or weights are not finite.
     """
     tuner = find_tuner(model)
     config, layers = tuner.config_of(adapter_name), tuner.layers_of(adapter_name)
@@ -69,15 +67,11 @@ def save_trex_as_lora(
     )
     of_trex = tuple(f".{name}" for name in (*TRexLayer.adapter_layer_names, "trex_static"))
     # Modules that are trained in full beside the adapter, such as a classification head, travel with each LoRA.
-    trained = {
-        key: tensor.cpu().contiguous()
-        for key, tensor in saved.items()
-        if not key.endswith(of_trex) and ".trex_prior." not in key
-    }
-    _check_finite(trained, adapter_name)
+    trained = {key: tensor for key, tensor in saved.items() if not key.endswith(of_trex) and ".trex_prior." not in key}
+    trained = _checked(trained, adapter_name)
     clusters = [f"cluster_{index:02d}" for index in range(config.num_clusters if per_cluster else 0)]
     with _appearing(Path(path).resolve()) as folder:
-        for name, cluster in ((".", None), *((name, index) for index, name in enumerate(clusters))):
+        for name, cluster in zip((".", *clusters), (None, *range(len(clusters))), strict=True):
             tensors, rank = _lora_tensors(layers, adapter_name, cluster)
             lora = LoraConfig(
                 r=rank,
@@ -90,9 +84,8 @@ def save_trex_as_lora(
                 revision=config.revision,
                 inference_mode=True,
             )
-            (folder / name).mkdir(exist_ok=True)
-            save_file({**tensors, **trained}, folder / name / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
             lora.save_pretrained(str(folder / name))
+            save_file({**tensors, **trained}, folder / name / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         if per_cluster:
             _save_router(folder, tuner, adapter_name, clusters)
 
@@ -121,33 +114,34 @@ def _check_exportable(tuner: TRexModel, adapter_name: str, per_cluster: bool) ->
 @contextmanager
 def _appearing(path: Path) -> Iterator[Path]:
     """Give a folder to write to. All that is in it moves to `path` in the end, or is gone if something fails."""
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(
             f"There is something at {path} already, and it was left as it is; give another path, or remove it first."
         )
     created = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=path, prefix=".part-"))
     moved: list[Path] = []
     try:
-        yield work
-        # The configuration moves last, because without it nothing takes a folder for an adapter.
-        for entry in sorted(work.iterdir(), key=lambda entry: entry.name == CONFIG_NAME):
-            moved.append(path / entry.name)
-            entry.rename(moved[-1])
-        created, moved = [], []
-    finally:
-        shutil.rmtree(work)
+        with tempfile.TemporaryDirectory(dir=path, prefix=".part-") as work:
+            yield Path(work)
+            # The configuration moves last, because without it nothing takes a folder for an adapter.
+            for entry in sorted(Path(work).iterdir(), key=lambda entry: entry.name == CONFIG_NAME):
+                moved.append(path / entry.name)
+                entry.rename(moved[-1])
+    except BaseException:
         for entry in moved:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
         for folder in created:
             folder.rmdir()
+        raise
 
 
-def _check_finite(tensors: Mapping[str, Tensor], adapter_name: str) -> None:
+def _checked(tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+    """The tensors as safetensors takes them, which are finite."""
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"NaN or infinity is in {name} of the adapter {adapter_name!r}; nothing was saved.")
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _lora_tensors(
@@ -159,12 +153,10 @@ def _lora_tensors(
     tensors = {}
     for name, (down, up) in factors.items():
         dtype, missing = layers[name].trex_A[adapter_name].dtype, rank - len(down)
-        key = f"base_model.model.{name}.lora_"
-        tensors[f"{key}A.weight"] = F.pad(down, (0, 0, 0, missing)).to("cpu", dtype).contiguous()
-        tensors[f"{key}B.weight"] = F.pad(up, (0, missing)).to("cpu", dtype).contiguous()
+        tensors[PREFIX + name + DOWN] = F.pad(down, (0, 0, 0, missing)).to(dtype)
+        tensors[PREFIX + name + UP] = F.pad(up, (0, missing)).to(dtype)
     # The check comes after the cast: in float16 a large product may have become infinity.
-    _check_finite(tensors, adapter_name)
-    return tensors, rank
+    return _checked(tensors, adapter_name), rank
 
 
 def target_names(model: nn.Module, layers: Mapping[str, TRexLayer]) -> list[str] | str:
@@ -178,17 +170,23 @@ def target_names(model: nn.Module, layers: Mapping[str, TRexLayer]) -> list[str]
     return "|".join(re.escape(name) for name in sorted(layers))
 
 
+@torch.no_grad()
 def _save_router(folder: Path, tuner: TRexModel, adapter_name: str, clusters: list[str]) -> None:
-    config, prior = tuner.config_of(adapter_name), tuner.prior_of(adapter_name)
+    config, prior, embedding = tuner.config_of(adapter_name), tuner.prior_of(adapter_name), tuner.input_embedding()
     # Clusters can only be calibrated with a prior.
     assert prior is not None
     tensors = {"centroids": prior.pulled_back(), "mean": prior.mean.float()}
     if config.prior_encoder == "input_embeddings":
-        tensors["token_scores"] = _token_scores(tuner, prior)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _check_finite(tensors, adapter_name)
-    save_file(tensors, folder / semantic_router.ROUTER_TENSORS)
-    settings: dict[str, Any] = {
+        assert embedding is not None
+        # A prompt's scores before centring are the mean over those of its tokens, (V, K).
+        scores = []
+        for ids in torch.arange(embedding.num_embeddings).split(4096):
+            embeds, _ = tuner.prompts.scorer.embed(Inputs.of({"input_ids": ids[:, None]}))
+            with torch.autocast(embeds.device.type, enabled=False):
+                scores.append(embeds @ tensors["centroids"].T.to(embeds.device))
+        tensors["token_scores"] = torch.cat(scores)
+    save_file(_checked(tensors, adapter_name), folder / semantic_router.ROUTER_TENSORS)
+    settings = {
         "version": semantic_router.VERSION,
         "base_model_name_or_path": config.base_model_name_or_path,
         "prior_encoder": config.prior_encoder,
@@ -198,16 +196,3 @@ def _save_router(folder: Path, tuner: TRexModel, adapter_name: str, clusters: li
     }
     (folder / semantic_router.ROUTER_JSON).write_text(json.dumps(settings, indent=2) + "\n")
     shutil.copyfile(semantic_router.__file__, folder / "semantic_router.py")
-
-
-@torch.no_grad()
-def _token_scores(tuner: TRexModel, prior: SemanticPrior) -> Tensor:
-    """The scores (V, K) before centring of each token as a prompt of its own; a prompt's are the mean over them."""
-    embedding = tuner.input_embedding()
-    assert embedding is not None
-    centroids, scores = prior.pulled_back().T, []
-    for ids in torch.arange(embedding.num_embeddings).split(4096):
-        embeds, _ = tuner.prompts.scorer.embed(Inputs.of({"input_ids": ids[:, None]}))
-        with torch.autocast(embeds.device.type, enabled=False):
-            scores.append(embeds @ centroids.to(embeds.device))
-    return torch.cat(scores)

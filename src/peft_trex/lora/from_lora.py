@@ -6,8 +6,9 @@ Axis legend: n LoRA adapters, E experts, K clusters, P prompts; `lora_fit` has t
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -18,11 +19,9 @@ from torch import Tensor, nn
 
 from ..config import TRexConfig
 from ..fit.fitting import initialize_trex_prior
-from ..layer import TRexLayer
 from ..model import TRexModel, find_tuner
 from ..prior.inputs import EMBEDS, Inputs
-from . import lora_fit
-from .lora_fit import Factors, PromptScores
+from .lora_fit import LayerErrors, PromptScores, prompt_scores, start_layer
 from .reader import Lora, Source, factors_by_layer, read_lora
 
 
@@ -71,17 +70,16 @@ def trex_from_lora(
 
     In the paired layout (the default here) a layer's experts are the largest singular parts of the adapters' weights,
     each measured by its share of its adapter; with as many as the ranks add up to, nothing is missed. In the grid
-    layout the adapters share fitted bases A and B. The router starts at zero. Equal weights then make the mean of the
-    adapters (in the grid layout the best matrix of rank one for it). With `prompts`, the prior is fitted to them, and
-    its map so that each adapter's own prompts begin with that adapter.
+    layout the adapters share fitted bases A and B. The router starts at zero, so that equal weights make the mean of
+    the adapters (in the grid layout the best matrix of rank one for it).
 
     Args:
         model: the base model, without any adapter. It is changed in place, as by `get_peft_model`.
         adapters: plain LoRA adapters of this base model, of any ranks and target modules: folders with safetensors,
             or loaded ones, each a `PeftModel` for its active adapter or a pair (`PeftModel`, adapter's name).
-        prompts: for each adapter, batches of its prompts as the forward takes them. They are read twice; iterators
-            are kept in memory. Each adapter counts the same, however many prompts it has. Several processes must all
-            get the same.
+        prompts: for each adapter, batches of its prompts as the forward takes them. The prior is fitted to them, and
+            its map so that they begin with their adapter, each adapter counting the same. They are read twice;
+            iterators are kept in memory. Several processes must all get the same.
         adapter_name: the new adapter's name.
         seed: the seed of the clustering.
         progress: show a progress bar.
@@ -102,8 +100,13 @@ def trex_from_lora(
         raise ValueError("adapters must be a list of at least one LoRA adapter.")
     loras = [read_lora(source) for source in adapters]
     factors = factors_by_layer(model, loras)
-    batches = _check_prompts(prompts, len(loras))
-    settings = _settings(config, loras, factors, with_prompts=prompts is not None)
+    if prompts is not None:
+        count = len(prompts) if isinstance(prompts, Sized) else "no list"
+        if isinstance(prompts, Mapping) or count != len(loras):
+            wanted = f"the batches for each of the {len(loras)} LoRA adapters, in their order"
+            raise ValueError(f"prompts must list {wanted}; got {count}.")
+        prompts = [list(batches) if isinstance(batches, Iterator) else batches for batches in prompts]
+    settings = _settings(config, loras, with_prompts=prompts is not None)
     peft_model = get_peft_model(model, settings, adapter_name=adapter_name)
     try:
         tuner = find_tuner(peft_model)
@@ -115,42 +118,29 @@ def trex_from_lora(
                 f"{missing[0]}; leave target_modules out, or name them there."
             )
         scores = None
-        if batches is not None:
-            initialize_trex_prior(peft_model, chain(*batches), adapter_name=adapter_name, seed=seed, progress=progress)
-            scores = _score(tuner, adapter_name, batches)
-        unchanged: list[Factors | None] = [None] * len(loras)
-        errors = {
-            name: _start_layer(layer, adapter_name, settings, factors.get(name, unchanged), scores)
-            for name, layer in layers.items()
-        }
+        if prompts is not None:
+            initialize_trex_prior(peft_model, chain(*prompts), adapter_name=adapter_name, seed=seed, progress=progress)
+            scores = _score(tuner, adapter_name, prompts)
+        errors = {}
+        for name, layer in layers.items():
+            # B becomes zero, and stays so where no LoRA changes the layer.
+            layer.reset_trex_parameters(adapter_name)
+            if name in factors:
+                errors[name] = start_layer(layer, adapter_name, settings, factors[name], scores)
     except Exception:
         peft_model.base_model.unload()  # type: ignore[operator]
         raise
-    return peft_model, _report(loras, settings.expert_layout, {name: errors[name] for name in factors})
+    return peft_model, _report(loras, settings.expert_layout, errors)
 
 
-def _check_prompts(prompts: Any, adapters: int) -> list[Iterable[Mapping[str, Any]]] | None:
-    if prompts is None:
-        return None
-    if isinstance(prompts, Mapping) or not hasattr(prompts, "__len__") or len(prompts) != adapters:
-        count = len(prompts) if hasattr(prompts, "__len__") else "no list"
-        raise ValueError(
-            f"prompts must list the batches for each of the {adapters} LoRA adapters, in their order; got {count}."
-        )
-    return [list(batches) if isinstance(batches, Iterator) else batches for batches in prompts]
-
-
-def _settings(
-    options: dict[str, Any], loras: list[Lora], factors: Mapping[str, list[Factors | None]], with_prompts: bool
-) -> TRexConfig:
+def _settings(options: dict[str, Any], loras: list[Lora], with_prompts: bool) -> TRexConfig:
     """The new adapter's configuration: the user's options, and our defaults for the others."""
-    unknown = sorted(set(options) - {field.name for field in fields(TRexConfig) if field.init})
-    if unknown:
-        raise TypeError(f"{unknown[0]!r} is no field of TRexConfig.")
-    values = {"expert_layout": "paired", "target_modules": sorted(factors), "use_prior": with_prompts, **options}
+    ranks: Counter[str] = Counter()
+    for lora in loras:
+        ranks.update({name: len(factors.down) for name, factors in lora.factors.items()})
+    values = {"expert_layout": "paired", "target_modules": sorted(ranks), "use_prior": with_prompts, **options}
     if values["expert_layout"] == "paired":
-        rank = max(sum(len(pair.down) for pair in pairs if pair is not None) for pairs in factors.values())
-        experts = values.get("r_a", values.get("r_b", rank))
+        experts = values.get("r_a", values.get("r_b", max(ranks.values())))
         values = {"r_a": experts, "r_b": experts, **values}
     if values["use_prior"]:
         values.setdefault("prior_map", "learned")
@@ -173,66 +163,38 @@ def _settings(
 
 
 @torch.no_grad()
-def _score(tuner: TRexModel, adapter_name: str, prompts: list[Iterable[Mapping[str, Any]]]) -> PromptScores:
+def _score(tuner: TRexModel, adapter_name: str, prompts: Sequence[Iterable[Mapping[str, Any]]]) -> PromptScores:
     """Score each adapter's prompts with the fitted prior."""
     prior, scorer = tuner.prior_of(adapter_name), tuner.prompts.scorer
     assert prior is not None
-    external = tuner.config_of(adapter_name).prior_encoder == "external"
     scores = []
     with scorer.whole_embedding():
         for number, batches in enumerate(prompts):
-            rows = [torch.zeros(0, len(prior.centroids), dtype=torch.float64)]
+            rows = []
             for batch in batches:
-                if external:
+                if tuner.config_of(adapter_name).prior_encoder == "external":
                     embeds, has_tokens = batch[EMBEDS], batch[EMBEDS].any(-1)
                 else:
-                    embeds, batch_prompts = scorer.embed(Inputs.of(batch))
-                    has_tokens = batch_prompts.known
+                    embeds, places = scorer.embed(Inputs.of(batch))
+                    has_tokens = places.known
                 rows.append(prior.score(embeds[has_tokens]).double().cpu())
-            scores.append(torch.cat(rows))
-            if not len(scores[-1]):
+            if not any(map(len, rows)):
                 raise ValueError(f"There are no prompts for the LoRA adapter {number} (counted from 0).")
-    return lora_fit.prompt_scores(scores)
-
-
-# The energies (n,) of the adapters at one layer, what the best weights miss of them, and what the start misses.
-LayerErrors = tuple[Tensor, Tensor, Tensor]
-
-
-@torch.no_grad()
-def _start_layer(
-    layer: TRexLayer, name: str, config: TRexConfig, factors: list[Factors | None], scores: PromptScores | None
-) -> LayerErrors:
-    """Set the parameters that the adapter of this name has in a layer, and tell what they miss."""
-    # This sets the router, omega and the gate; B becomes zero, and stays so where no LoRA changes the layer.
-    layer.reset_trex_parameters(name)
-    loras = lora_fit.measure(factors)
-    if not loras.energies.any():
-        return loras.energies, loras.energies, loras.energies
-    if config.expert_layout == "paired":
-        experts = lora_fit.paired_experts(loras, layer.trex_A[name].double().cpu())
-    else:
-        experts = lora_fit.grid_experts(loras, config.r_a, config.r_b)
-    uniform = lora_fit.HALF * layer.trex_settings[name]["token_scale"] / config.num_experts
-    start = lora_fit.start(loras, experts, uniform, lora_fit.HALF * config.prior_scale, scores)
-    layer.trex_A[name].copy_(start.A)
-    layer.trex_B[name].copy_(start.B)
-    if name in layer.trex_map:
-        layer.trex_map[name].copy_(start.map)
-    return loras.energies, experts.missed, start.missed
+            scores.append(torch.cat(rows))
+    return prompt_scores(scores)
 
 
 def _report(loras: list[Lora], layout: str, errors: Mapping[str, LayerErrors]) -> TRexFromLoraReport:
-    def shares(missed: Tensor, energies: Tensor) -> tuple[float | None, ...]:
-        pairs = zip(missed.tolist(), energies.tolist(), strict=True)
-        return tuple(None if whole == 0 else lost / whole for lost, whole in pairs)
+    def shares(energies: Tensor, missed: Tensor) -> tuple[Any, ...]:
+        pairs = zip(energies.tolist(), missed.tolist(), strict=True)
+        return tuple(lost / energy if energy else None for energy, lost in pairs)
 
     energies, missed, missed_at_start = (torch.stack(layers).sum(0) for layers in zip(*errors.values(), strict=True))
     return TRexFromLoraReport(
         adapters=tuple(lora.name for lora in loras),
         layout=layout,
-        errors=tuple((missed / energies).tolist()),
-        start_errors=tuple((missed_at_start / energies).tolist()),
-        layers={name: shares(missed, energies) for name, (energies, missed, _) in errors.items()},
-        start_layers={name: shares(missed, energies) for name, (energies, _, missed) in errors.items()},
+        errors=shares(energies, missed),
+        start_errors=shares(energies, missed_at_start),
+        layers={name: shares(energies, missed) for name, (energies, missed, _) in errors.items()},
+        start_layers={name: shares(energies, missed) for name, (energies, _, missed) in errors.items()},
     )

@@ -22,6 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..config import TRexConfig
+from ..layer import TRexLayer
+
 # The ridge of the prior map's regression is this share of the scores' mean square.
 RIDGE = 1e-4
 # The fit of a grid improves its two bases in turn, this many times.
@@ -30,20 +33,15 @@ SWEEPS = 30
 LEAST_MEAN = 0.1
 # Omega and the gate are sigmoids of zero at the start.
 HALF = 0.5
+# The energies (n,) of the adapters at one layer, what the best weights miss of them, and what the start misses.
+LayerErrors = tuple[Tensor, Tensor, Tensor]
 
 
 class Factors(NamedTuple):
-    """The weight `up @ down` that a LoRA adapter adds to a layer."""
+    """The weight `up @ down` that a LoRA adapter adds to a layer; of rank 0 where it changes nothing."""
 
     up: Tensor  # (D_out, r), scaled
     down: Tensor  # (r, D_in)
-
-
-class LayerLoras(NamedTuple):
-    """All adapters at one layer; None stands for an adapter that leaves it as it is."""
-
-    factors: list[Factors | None]
-    energies: Tensor  # (n,), |up down|^2
 
 
 class Experts(NamedTuple):
@@ -62,70 +60,43 @@ class PromptScores(NamedTuple):
 
     means: Tensor  # (n, K)
     squares: Tensor  # (n, K, K), second moments
-    indicators: (
-        Tensor  # (K, n): s @ indicators is nearly 1 for the adapter whose prompt has the scores s, 0 for others
-    )
+    indicators: Tensor  # (K, n): scores @ indicators is nearly 1 for the prompt's adapter, and 0 for the others
 
 
-class Start(NamedTuple):
-    """The parameters that a layer starts with, and the energies that they miss."""
-
-    A: Tensor  # (r_a, D_in)
-    B: Tensor  # (D_out, r_b)
-    map: Tensor  # (E, K), or () without prompts
-    missed: Tensor  # (n,), the mean over each adapter's prompts
-
-
-def measure(factors: Sequence[Factors | None]) -> LayerLoras:
-    """Measure the adapters at one layer; factors of zero change nothing there."""
-    changing = [pair if pair is not None and pair.up.any() and pair.down.any() else None for pair in factors]
-    energies = torch.zeros(len(factors), dtype=torch.float64)
-    for number, pair in enumerate(changing):
-        if pair is not None:
-            core = torch.linalg.qr(pair.up)[1] @ torch.linalg.qr(pair.down.T)[1].T
-            energies[number] = core.square().sum()
-    return LayerLoras(changing, energies)
-
-
-def paired_experts(loras: LayerLoras, unused: Tensor) -> Experts:
+def _paired_experts(loras: Sequence[Factors], energies: Tensor, unused: Tensor) -> Experts:
     """Make experts of the singular parts with the largest shares of their adapters.
 
     Where there are more experts than singular parts, the others keep their rows of `unused` (E, D_in) in A.
     """
-    experts, adapters = len(unused), len(loras.factors)
-    singular, owners = [], []
-    for number, factors in enumerate(loras.factors):
-        if factors is not None:
-            (left, core_left), (right, core_right) = torch.linalg.qr(factors.up), torch.linalg.qr(factors.down.T)
-            u, s, v = torch.linalg.svd(core_left @ core_right.T)
-            singular.append(((left @ u)[:, : len(s)].T, s, (v @ right.T)[: len(s)]))
-            owners.append(torch.full(s.shape, number))
+    experts, adapters = len(unused), len(loras)
+    singular = []
+    for up, down in loras:
+        (left, core_left), (right, core_right) = torch.linalg.qr(up), torch.linalg.qr(down.T)
+        u, s, v = torch.linalg.svd(core_left @ core_right.T, full_matrices=False)
+        singular.append(((left @ u).T, s, v @ right.T))
     U, S, V = (torch.cat(parts) for parts in zip(*singular, strict=True))
-    owner = torch.cat(owners)
-    shares = S.square() / loras.energies[owner]
-    kept = shares.sort(descending=True, stable=True)[1][:experts].sort()[0]
+    owner = torch.cat([torch.full(s.shape, number) for number, (_, s, _) in enumerate(singular)])
+    shares = S.square() / energies[owner]
+    kept = shares.argsort(descending=True, stable=True)[:experts].sort()[0]
     root = S[kept].sqrt()[:, None]
     A, B = unused.clone(), S.new_zeros(U.shape[1], experts)
     A[: len(kept)], B[:, : len(kept)] = root * V[kept], (root * U[kept]).T
     weights = S.new_zeros(adapters, experts)
     weights[owner[kept], torch.arange(len(kept))] = 1.0
-    dropped = torch.ones_like(owner, dtype=torch.bool)
-    dropped[kept] = False
-    missed = [S[dropped & (owner == number)].square().sum() for number in range(adapters)]
-    pairs = torch.arange(experts), torch.arange(experts)
-    return Experts(A, B, pairs, weights, equal_weight=1 / adapters, missed=torch.stack(missed))
+    dropped = torch.ones_like(owner, dtype=torch.bool).index_fill(0, kept, False)
+    missed = torch.stack([S[dropped & (owner == number)].square().sum() for number in range(adapters)])
+    return Experts(A, B, (torch.arange(experts),) * 2, weights, 1 / adapters, missed)
 
 
-def grid_experts(loras: LayerLoras, r_a: int, r_b: int) -> Experts:
+def _grid_experts(loras: Sequence[Factors], energies: Tensor, r_a: int, r_b: int) -> Experts:
     """Fit shared bases to all adapters, and turn them so that equal weights make the best of rank one for the mean."""
-    changing = [factors for factors in loras.factors if factors is not None]
-    left, core_left = torch.linalg.qr(torch.cat([factors.up for factors in changing], 1))
-    right, core_right = torch.linalg.qr(torch.cat([factors.down for factors in changing]).T)
-    ranks = [0 if factors is None else len(factors.down) for factors in loras.factors]
+    left, core_left = torch.linalg.qr(torch.cat([lora.up for lora in loras], 1))
+    right, core_right = torch.linalg.qr(torch.cat([lora.down for lora in loras]).T)
+    ranks = [len(lora.down) for lora in loras]
     cores = zip(core_left.split(ranks, 1), core_right.split(ranks, 1), strict=True)
     S = torch.stack([up @ down.T for up, down in cores])  # (n, R, R)
     # In the fit each adapter counts the same.
-    unit = S / loras.energies.clamp(min=torch.finfo(S.dtype).tiny).sqrt()[:, None, None]
+    unit = S / energies.clamp(min=torch.finfo(S.dtype).tiny).sqrt()[:, None, None]
     a, b = min(r_a, S.shape[2]), min(r_b, S.shape[1])
     L, R = _leading(unit, b), _leading(unit.mT, a)
     for _ in range(SWEEPS):
@@ -135,7 +106,7 @@ def grid_experts(loras: LayerLoras, r_a: int, r_b: int) -> Experts:
     u, s, v = torch.linalg.svd(C.mean(0))
     turn_left, turn_right = _reflection(u[:, 0]), _reflection(v[0])
     C = turn_left.T @ C @ turn_right
-    typical = C.square().sum((1, 2))[loras.energies > 0].mean().sqrt()
+    typical = C.square().sum((1, 2))[energies > 0].mean().sqrt()
     equal_weight = float(torch.maximum(s[0], LEAST_MEAN * typical)) / math.sqrt(a * b)
     # B is multiplied by the equal weight later, and with this root A becomes as large as B.
     root = math.sqrt(equal_weight)
@@ -168,39 +139,46 @@ def prompt_scores(scores: Sequence[Tensor]) -> PromptScores:
     return PromptScores(means, squares, indicators=torch.linalg.solve(total, means.T))
 
 
-def start(
-    loras: LayerLoras, experts: Experts, uniform: float, prior_scale: float, scores: PromptScores | None
-) -> Start:
-    """Scale the experts, fit the prior's map, and measure what both miss at the start.
+@torch.no_grad()
+def start_layer(
+    layer: TRexLayer, name: str, config: TRexConfig, loras: Sequence[Factors], scores: PromptScores | None
+) -> LayerErrors:
+    """Set the experts and the prior's map that the adapter of this name has in a layer, and tell what they miss.
 
     With the experts' Gram matrix H, and their inner products h with an adapter's weight dW, the weights g make a
-    matrix W with `|dW - W|^2 = |dW|^2 - 2 h g + g H g`. Its mean needs only the mean and the second moment of g.
-
-    Args:
-        loras: the adapters at the layer.
-        experts: from `paired_experts` or `grid_experts`.
-        uniform: u, the weight of each expert from the router.
-        prior_scale: (1 - omega) c_prior.
-        scores: of the adapters' prompts; without them the prior adds nothing.
+    matrix W with `|dW - W|^2 = |dW|^2 - 2 h g + g H g`. Its mean over the adapter's prompts needs only the mean and
+    the second moment of g. Without `scores` the map is zero.
     """
-    A, scale = experts.A, experts.equal_weight / (HALF * uniform)
+    cores = [torch.linalg.qr(up)[1] @ torch.linalg.qr(down.T)[1].T for up, down in loras]
+    energies = torch.stack([core.square().sum() for core in cores])
+    if not energies.any():
+        return energies, energies, energies
+    if config.expert_layout == "paired":
+        experts = _paired_experts(loras, energies, layer.trex_A[name].double().cpu())
+    else:
+        experts = _grid_experts(loras, energies, config.r_a, config.r_b)
+    uniform = HALF * layer.trex_settings[name].token_scale / config.num_experts
+    scale, prior_scale = experts.equal_weight / (HALF * uniform), HALF * config.prior_scale
     B, prior_map = scale * experts.B, torch.zeros(())
     if scores is not None:
         # The prior has to add what equal weights lack.
         lacking = experts.weights / (HALF * scale) - uniform  # (n, E)
         prior_map = lacking.T @ scores.indicators.T / prior_scale
+    layer.trex_A[name].copy_(experts.A)
+    layer.trex_B[name].copy_(B)
+    if name in layer.trex_map:
+        layer.trex_map[name].copy_(prior_map)
     rows, columns = experts.pairs
-    a, b = A[rows], HALF * B[:, columns]  # (E, D_in), (D_out, E)
+    a, b = experts.A[rows], HALF * B[:, columns]  # (E, D_in), (D_out, E)
     H = (a @ a.T) * (b.T @ b)
-    missed = loras.energies.clone()
-    for number, factors in enumerate(loras.factors):
+    missed = energies.clone()
+    for number, (up, down) in enumerate(loras):
         mean, square = H.new_full((len(H),), uniform), H.new_full(H.shape, uniform**2)
         if scores is not None:
             more = prior_scale * prior_map @ scores.means[number]
             spread = prior_scale**2 * prior_map @ scores.squares[number] @ prior_map.T
             mean, square = mean + more, square + uniform * (more[:, None] + more) + spread
-        if factors is not None:
-            h = ((b.T @ factors.up) * (a @ factors.down.T)).sum(1)
-            missed[number] -= 2 * h @ mean
+        h = ((b.T @ up) * (a @ down.T)).sum(1)
+        missed[number] -= 2 * h @ mean
         missed[number] += (H * square).sum()
-    return Start(A, B, prior_map, missed.clamp(min=0))
+    return energies, experts.missed, missed.clamp(min=0)

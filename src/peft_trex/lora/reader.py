@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import _get_in_out_features
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -68,16 +67,26 @@ def read_lora(source: Source) -> Lora:
             f"{title} holds {len(others)} tensors that are no factors of linear layers, such as {others[0]}; they "
             "cannot become experts. Train the adapter without embeddings, biases and modules_to_save."
         )
-    paths = sorted({key.removeprefix(PREFIX)[: -len(DOWN)] for key in tensors})
-    factors = {path: _scaled(tensors, path, config, scalings.get(path), title) for path in paths}
-    if not any(bool(up.any()) and bool(down.any()) for up, down in factors.values()):
+    factors = {}
+    for path in sorted({key.removeprefix(PREFIX)[: -len(DOWN)] for key in tensors}):
+        down, up = (tensors.get(PREFIX + path + end) for end in (DOWN, UP))
+        if down is None or up is None or down.dim() != 2 or up.dim() != 2 or len(down) != up.shape[1]:
+            shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (down, up)]
+            raise ValueError(f"{title} has the factors {shapes} for {path}; expected (r, D_in) and (D_out, r).")
+        if not (down.isfinite().all() and up.isfinite().all()):
+            raise ValueError(f"{title} has factors for {path} that are not finite.")
+        pattern = config.alpha_pattern or {}
+        alpha = pattern.get(get_pattern_key(list(pattern), path), config.lora_alpha)
+        scaling = alpha / (math.sqrt(len(down)) if config.use_rslora else len(down))
+        factors[path] = Factors(up.cpu().double() * scalings.get(path, scaling), down.cpu().double())
+    if not any(up.any() and down.any() for up, down in factors.values()):
         raise ValueError(f"{title} is zero, as before any training; there is nothing to begin with.")
     return Lora(str(name), config, factors)
 
 
 def _read_folder(folder: Path, title: str) -> tuple[LoraConfig, dict[str, Tensor]]:
-    if not (folder / "adapter_config.json").is_file():
-        raise ValueError(f"{folder} is no folder with an adapter: there is no adapter_config.json.")
+    if not (folder / CONFIG_NAME).is_file():
+        raise ValueError(f"{folder} is no folder with an adapter: there is no {CONFIG_NAME}.")
     config = _check_plain(PeftConfig.from_pretrained(str(folder)), title)
     if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         raise ValueError(
@@ -103,42 +112,20 @@ def _check_plain(config: Any, title: str) -> LoraConfig:
     return config
 
 
-def _scaled(
-    tensors: Mapping[str, Tensor], path: str, config: LoraConfig, scaling: float | None, title: str
-) -> Factors:
-    """The factors of one module; without a scaling, it is computed from the configuration."""
-    down, up = tensors.get(PREFIX + path + DOWN), tensors.get(PREFIX + path + UP)
-    if down is None or up is None or down.dim() != 2 or up.dim() != 2 or len(down) != up.shape[1]:
-        shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (down, up)]
-        raise ValueError(f"{title} has the factors {shapes} for {path}; expected (r, D_in) and (D_out, r).")
-    down, up = down.detach().double().cpu(), up.detach().double().cpu()
-    if not (down.isfinite().all() and up.isfinite().all()):
-        raise ValueError(f"{title} has factors for {path} that are not finite.")
-    if scaling is None:
-        pattern = config.alpha_pattern or {}
-        alpha = pattern.get(get_pattern_key(list(pattern), path), config.lora_alpha)
-        scaling = alpha / (math.sqrt(len(down)) if config.use_rslora else len(down))
-    return Factors(up * scaling, down)
-
-
-def factors_by_layer(model: nn.Module, loras: list[Lora]) -> dict[str, list[Factors | None]]:
-    """Every adapter's factors for each module that any of them changes, in the order of the base model's modules."""
-    paths = {path for lora in loras for path in lora.factors}
-    modules = {name: module for name, module in model.named_modules() if name in paths}
-    for name, module in modules.items():
-        inputs, outputs = _get_in_out_features(module)
-        for lora in loras:
-            if name in lora.factors:
-                up, down = lora.factors[name]
-                if (down.shape[1], up.shape[0]) != (inputs, outputs):
-                    raise ValueError(
-                        f"The adapter {lora.name!r} has factors ({down.shape[1]} to {up.shape[0]}) for {name}, which "
-                        f"goes from {inputs} to {outputs}: it belongs to another base model."
-                    )
-    unknown = sorted(paths - set(modules))
-    if unknown:
-        raise ValueError(
-            f"The base model has no module {unknown[0]}, which a LoRA adapter changes ({len(unknown)} in all): it "
-            "belongs to another base model."
-        )
-    return {name: [lora.factors.get(name) for lora in loras] for name in modules}
+def factors_by_layer(model: nn.Module, loras: list[Lora]) -> dict[str, list[Factors]]:
+    """Every adapter's factors for each module of the base model that is in any of them, of rank 0 if they are zero."""
+    modules = dict(model.named_modules())
+    layers: dict[str, list[Factors]] = {}
+    for number, lora in enumerate(loras):
+        for path, (up, down) in lora.factors.items():
+            widths = (down.shape[1], len(up))
+            in_base = _get_in_out_features(modules[path]) if path in modules else "no such module"
+            if in_base != widths:
+                raise ValueError(
+                    f"The adapter {lora.name!r} has factors of the widths {widths} for {path}, where the base model "
+                    f"has {in_base}: it belongs to another one."
+                )
+            layer = layers.setdefault(path, [Factors(up[:, :0], down[:0])] * len(loras))
+            if up.any() and down.any():
+                layer[number] = Factors(up, down)
+    return layers

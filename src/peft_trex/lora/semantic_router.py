@@ -33,12 +33,11 @@ class Route(NamedTuple):
 
 
 class SemanticRouter:
-    """Sends each prompt to the adapter of the cluster with the highest score.
+    """Sends each prompt to the adapter of the cluster with the highest score; threads can share a router.
 
     The scores are those of the T-REX adapter that the folder was exported from, `cos(e - mean, c_k)` for the prompt's
     embedding `e`, up to a positive factor that is the same for all clusters. A prompt whose scores are all zero (one
-    without tokens, or whose embedding is the mean) has no cluster, and goes to the default adapter. Nothing changes
-    after [`SemanticRouter.from_pretrained`], so threads can share a router.
+    without tokens, or whose embedding is the mean) has no cluster, and goes to the default adapter.
 
     Attributes:
         adapters: the adapters' names, and their folders as absolute paths. The router does not read these folders.
@@ -67,16 +66,9 @@ class SemanticRouter:
             ValueError: if a file is damaged, of another version, or what they hold does not fit together.
         """
         root = Path(os.path.abspath(folder))
-        if not root.is_dir():
-            raise FileNotFoundError(
-                f"There is no folder {root}; expected one that peft_trex.save_trex_as_lora wrote, on this machine."
-            )
-        for name in (ROUTER_JSON, ROUTER_TENSORS):
-            if not (root / name).is_file():
-                raise FileNotFoundError(
-                    f"The folder {root} has no file {name}; expected {ROUTER_JSON} and {ROUTER_TENSORS}. {EXPORT}, "
-                    "per_cluster=True."
-                )
+        for path in (root, root / ROUTER_JSON, root / ROUTER_TENSORS):
+            if not path.exists():
+                raise FileNotFoundError(f"There is no {path} on this machine. {EXPORT}, per_cluster=True.")
         settings = _read_settings(root / ROUTER_JSON)
         return cls(root, settings, _read_tensors(root / ROUTER_TENSORS, settings))
 
@@ -159,10 +151,8 @@ def _as_array(value: Any, name: str, kinds: str, expected: str) -> np.ndarray:
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
-    return ValueError(
-        f"The file {path} is damaged ({error}; {path.stat().st_size} bytes). It was probably cut short while it was "
-        f"written or copied: restore it from where it came from. {EXPORT}."
-    )
+    problem = f"is damaged ({error}; {path.stat().st_size} bytes), cut short perhaps: restore it from its origin"
+    return ValueError(f"The file {path} {problem}. {EXPORT}.")
 
 
 def _check(path: Path, holds: bool, content: str, expected: str) -> None:
@@ -177,14 +167,10 @@ def _read_settings(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise _damaged(path, error) from error
     _check(path, isinstance(settings, dict), f"a {type(settings).__name__} at the top", "an object")
-    version, encoder, adapters, default, clusters = map(
-        settings.get, ("version", "prior_encoder", "adapters", "default", "clusters")
-    )
-    if version != VERSION or isinstance(version, bool):
-        raise ValueError(
-            f"The file {path} has version {version!r}; this semantic_router.py reads version {VERSION}. Use the copy "
-            "of it that lies in the folder, or export the folder again with this version of peft_trex."
-        )
+    fields = ("version", "prior_encoder", "adapters", "default", "clusters")
+    version, encoder, adapters, default, clusters = map(settings.get, fields)
+    copy = f"version {VERSION}, or else the copy of semantic_router.py that lies in the folder"
+    _check(path, version == VERSION and version is not True, f"version {version!r}", copy)
     encoders = ("input_embeddings", "external")
     _check(path, encoder in encoders, f"prior_encoder={encoder!r}", f"one of {encoders}")
     _check(path, isinstance(adapters, dict) and adapters != {}, f"adapters={adapters!r}", "an object of folders")
@@ -202,27 +188,26 @@ def _read_settings(path: Path) -> dict[str, Any]:
 def _read_tensors(path: Path, settings: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Read router.safetensors, and check it in itself and against router.json."""
     clusters = len(settings["clusters"])
-    wanted = {"centroids": f"(K, d) with K = {clusters} clusters as in {ROUTER_JSON}", "mean": "(d,)"}
+    expected = f"the float32 tensors centroids (K, d) with K = {clusters} clusters as in {ROUTER_JSON}, mean (d,)"
+    wanted = ["centroids", "mean"]
     if settings["prior_encoder"] == "input_embeddings":
-        wanted["token_scores"] = "(V, K)"
-    expected = "the float32 tensors " + ", ".join(f"{name} {shape}" for name, shape in wanted.items())
+        expected += ", token_scores (V, K)"
+        wanted.append("token_scores")
     try:
         with safe_open(path, framework="numpy") as file:
             names = sorted(file.keys())
             dtypes = [file.get_slice(name).get_dtype() for name in names]
-            _check(path, names == list(wanted), f"the tensors {names}", expected)
+            _check(path, names == wanted, f"the tensors {names}", expected)
             # NumPy cannot read every dtype: it has no bfloat16.
             _check(path, set(dtypes) == {"F32"}, f"the dtypes {dtypes}", expected)
             tensors = {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise _damaged(path, error) from error
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    width = tensors["mean"].size
-    fitting: dict[str, tuple[int, ...]] = {"centroids": (clusters, width), "mean": (width,)}
-    if "token_scores" in shapes:
-        fitting["token_scores"] = (*shapes["token_scores"][:1], clusters)
-    filled = all(tensor.size for tensor in tensors.values())
-    _check(path, shapes == fitting and filled, f"the shapes {shapes}", expected)
+    # An axis without entries fits nothing.
+    width, vocabulary = max(1, tensors["mean"].size), max(1, tensors[wanted[-1]].size // clusters)
+    fitting = dict(zip(wanted, ((clusters, width), (width,), (vocabulary, clusters)), strict=False))
+    _check(path, shapes == fitting, f"the shapes {shapes}", expected)
     for name, tensor in tensors.items():
         _check(path, bool(np.isfinite(tensor).all()), f"NaN or infinity in {name}", expected)
     return tensors

@@ -1,0 +1,117 @@
+"""What each static form of a T-REX adapter costs, on the tasks of the demo: accuracy, and KL from the routed adapter.
+
+    python benchmarks/studies/merge.py [--adapter runs/quickstart/adapter] [--test 40] [--calibrate 320]
+
+Takes the adapter that `make demo` trained. Compared are the routed adapter; the base model with the adapter merged by
+its mean routing, by the best core, and by the best input fit; and the LoRA of each cluster, exported, and served by
+PEFT itself in mixed batches. The test prompts are the demo's, and others like them that it was not trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import DataCollatorForSeq2Seq
+
+from peft_trex import SemanticRouter, calibrate_trex_merge, save_trex_as_lora
+
+# Where this file runs as a script, Python knows no other folder than this one.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+from quickstart import accuracy, answer_logits, encode, load_model, mean_kl, print_table
+from tasks import generate
+
+
+class Served:
+    """The exported adapters in stock PEFT, each row of a batch with the one that the router names."""
+
+    def __init__(self, base: Any, folder: Path) -> None:
+        self.router = SemanticRouter.from_pretrained(folder)
+        names = iter(self.router.adapters.items())
+        name, path = next(names)
+        self.model = PeftModel.from_pretrained(base, path, adapter_name=name)
+        for name, path in names:
+            self.model.load_adapter(path, adapter_name=name)
+        self.device = self.model.device
+
+    def eval(self) -> Any:
+        return self.model.eval()
+
+    def _names(self, ids: torch.Tensor, prompt: torch.Tensor) -> list[str]:
+        return self.router.adapter_names([row[kept].tolist() for row, kept in zip(ids, prompt, strict=True)])
+
+    def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        names = self._names(input_ids, attention_mask.bool())
+        return self.model.generate(input_ids=input_ids, attention_mask=attention_mask, adapter_names=names, **kwargs)
+
+    def __call__(self, input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
+        return self.model(input_ids=input_ids, adapter_names=self._names(input_ids, labels == -100))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapter", type=Path, default=Path("runs/quickstart/adapter"))
+    parser.add_argument("--model", help="the base model (default: the demo's)")
+    parser.add_argument("--test", type=int, default=40, help="test prompts of each task")
+    parser.add_argument("--probe", type=int, default=64, help="test prompts to measure the KL on")
+    parser.add_argument("--calibrate", type=int, default=320, help="training rows to calibrate on")
+    parser.add_argument("--forms", nargs="+", default=["mean", "core", "input", "clusters"], help="which to measure")
+    arguments = parser.parse_args()
+    train, test = generate(600, 16)
+    known = {row["prompt"] for row in (*train, *test)}
+    _, drawn = generate(600, arguments.test, seed=1)
+    test += [row for row in drawn if row["prompt"] not in known]
+    counts = Counter(row["task"] for row in test)
+    probe = test[: arguments.probe]
+    base, tokenizer = load_model(arguments.model)
+    model = PeftModel.from_pretrained(base, arguments.adapter).eval()
+    collate = DataCollatorForSeq2Seq(tokenizer, padding=True)
+    rows = train[: arguments.calibrate]
+    data = [collate([encode(tokenizer, row) for row in rows[start : start + 16]]) for start in range(0, len(rows), 16)]
+    print(f"{len(test)} test prompts, KL on {len(probe)}; calibration on {len(rows)} training rows")
+    routed = answer_logits(model, tokenizer, probe)
+    found: dict[str, dict[str, float]] = {}
+    kl: dict[str, float] = {}
+
+    def measure(form: str, deployed: Any) -> None:
+        shares = accuracy(deployed, tokenizer, test, form)
+        shares["prompts"] = sum(counts[task] * shares[task] for task in counts) / len(test)
+        found[form] = shares
+        kl[form] = mean_kl(routed, answer_logits(deployed, tokenizer, probe))
+        print(f"{form}: {shares['prompts']:.4f} of all prompts right, KL {kl[form]:.4f}", flush=True)
+
+    measure("routed", model)
+
+    for form in arguments.forms:
+        if form == "mean":
+            model.base_model.forget_static("default")  # the demo saves its adapter calibrated
+        else:
+            start = time.perf_counter()
+            fit = "input" if form.endswith("input") else "core"
+            report = calibrate_trex_merge(model, data, fit=fit, per_cluster=form.startswith("clusters"))
+            print(f"{form}: {report}; {time.perf_counter() - start:.0f} s")
+        if form.startswith("clusters"):
+            with tempfile.TemporaryDirectory() as folder:
+                save_trex_as_lora(model, Path(folder) / "lora", save_embedding_layers=False)
+                measure(form, Served(load_model(arguments.model)[0], Path(folder) / "lora"))
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that the mean routing is approximate is what is measured
+            model.merge_adapter()
+        measure(form, model)
+        model.unmerge_adapter()
+    print()
+    print_table(found)
+    print("KL          " + "".join(f"{value:>10.4f}" for value in kl.values()))
+
+
+if __name__ == "__main__":
+    main()
