@@ -15,6 +15,9 @@ GPTQ := gptqmodel optimum device-smi tokenicer logbar defuser pypcre protobuf
 # tests/integrations/distributed_worker.py imports it
 DEEPSPEED := deepspeed hjson msgpack py-cpuinfo
 
+# is for tests/examples/test_lm_eval.py alone, which runs it in a process of its own; of its 80 MB, 75 are tasks
+LM_EVAL := lm_eval sacrebleu portalocker tabulate colorama lxml
+
 # Those of the source distribution that read data, benchmarks, examples and documents beside them; all are collected.
 SDIST_TESTS := $(addprefix tests/,core/test_mixture.py core/test_packaging.py examples/test_quickstart.py \
 	$(addprefix benchmarks/test_,benchmarks.py operations.py scaling.py))
@@ -98,6 +101,8 @@ $(VENV)/test: $(VENV)/torch pyproject.toml
 	$(INSTALL) -e ".[dev]"
 	$(INSTALL) --no-deps --upgrade --target $(VENV)/gptq $(GPTQ)
 	$(INSTALL) --no-deps --upgrade --target $(VENV)/deepspeed $(DEEPSPEED)
+	$(INSTALL) --no-deps --upgrade --target $(VENV)/lm_eval $(LM_EVAL)
+	rm -rf $(VENV)/lm_eval/lm_eval/tasks/*/
 	touch $@
 
 # vLLM pins other versions than ours, so it has a virtual environment of its own. It brings three packages for images and

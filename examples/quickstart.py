@@ -39,6 +39,7 @@ from transformers import (
 from peft_trex import (
     TRexConfig,
     calibrate_trex_merge,
+    chat_markers,
     initialize_trex_prior,
     routing_report,
     save_trex_as_lora,
@@ -200,7 +201,13 @@ def main() -> None:
     print(f"{len(tasks)} tasks, {len(train)} training rows, {len(test)} held-out prompts")
     before = accuracy(base, tokenizer, test, "before")
 
-    model = get_peft_model(base, TRexConfig(r_a=4, r_b=8, num_clusters=32, task_type="CAUSAL_LM"))
+    # The prior then is that of a user's message alone, whatever system prompt or earlier turns stand before it.
+    markers = chat_markers(tokenizer) if tokenizer.chat_template else None
+    if markers is not None:
+        opening, closing = (tokenizer.decode(markers[side]) for side in ("before", "after"))
+        print(f"the prior is that of the latest user message alone, which stands between {opening!r} and {closing!r}")
+    config = TRexConfig(r_a=4, r_b=8, num_clusters=32, chat_markers=markers, task_type="CAUSAL_LM")
+    model = get_peft_model(base, config)
     model.print_trainable_parameters()
     data = Dataset.from_list(train).map(
         lambda row: encode(tokenizer, row), remove_columns=["task", "prompt", "answer"]

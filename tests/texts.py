@@ -1,11 +1,23 @@
 """Tokenizers whose every token can be read, and texts for them: for tests that need more than token ids."""
 
 from conftest import PAD, make_llama, prompts
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 TEMPLATE = """{% for message in messages %}{% if message['role'] == 'user' %}w3 {{ message['content'] }} w4 {% else %}\
 {% generation %}{{ message['content'] }} </s>{% endgeneration %} {% endif %}{% endfor %}"""
+
+# The template of SmolLM2 and Qwen, with tags around what an assistant writes.
+CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == \
+'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}\
+{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}\
+{{ '<|im_start|>assistant\n' }}{% endif %}"""
+SPECIAL = """<s> </s> <pad> <|im_start|> <|im_end|> <|start_header_id|> <|end_header_id|> <|eot_id|> <start_of_turn>
+<end_of_turn> [INST] [/INST] <|user|> <|assistant|> <|system|> <|end|> <think> </think> <m> </m>""".split()
+# Whitespace of several lengths, and what follows sentences, are tokens of their own.
+TEXTS = [
+    "hello world.\n\nthe user is the assistant.\n\n  hello\n\n\nsystem\n   user\n\n\n\n  model Instruction:\n"
+] * 5
 
 
 def make_tokenizer():
@@ -15,6 +27,19 @@ def make_tokenizer():
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE
+    )
+
+
+def make_chat_tokenizer(template=CHATML):
+    """A small byte-level BPE, in which whitespace merges as in GPT-2's."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(TEXTS * 5, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=template
     )
 
 

@@ -63,7 +63,7 @@ METHODS: dict[str, Method] = {
     "T-REX paired": Method(_trex(expert_layout="paired", r_a=15, r_b=15, num_clusters=15)),
     # a LoRA of rank 15 whose vectors a router weighs: no prior, and no columns of B that stay equal without one
     "T-REX paired, no prior": Method(_trex(expert_layout="paired", r_a=15, r_b=15, use_prior=False)),
-    "T-REX no prior": Method(_trex(use_prior=False)),
+    "T-REX no prior": Method(_trex(use_prior=False, init_weights="zero_router")),  # as the paper starts
     "T-REX no router": Method(_trex(use_router=False)),
     "T-REX learned map": Method(_trex(prior_map="learned")),
     "T-REX reduced router": Method(_trex(router_rank=8)),

@@ -20,6 +20,7 @@ from .lora.from_lora import TRexFromLoraReport, trex_from_lora
 from .lora.semantic_router import SemanticRouter
 from .mixture import rank_one_mixture
 from .model import TRexModel
+from .prior.chat import chat_markers
 from .steer import steer_trex
 
 __version__ = "0.1.0"
@@ -40,6 +41,7 @@ __all__ = [
     "TRexPruneReport",
     "TRexRoutingCallback",
     "calibrate_trex_merge",
+    "chat_markers",
     "embed_prompts",
     "initialize_trex_prior",
     "prune_trex",

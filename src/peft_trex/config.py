@@ -15,6 +15,7 @@ from peft.utils import PeftType
 
 from .loading import check_adapter_file
 from .mixture import num_experts
+from .prior.chat import check_markers
 
 
 @dataclass
@@ -57,20 +58,31 @@ class TRexConfig(PeftConfig):
             scaled to the same variance, so that the strongest (whether prompts are words or numbers, say) does not
             drown those that tell tasks apart. 16 kept 8 and 16 tasks apart best (benchmarks/README.md). None compares
             the embeddings as they are, centred.
+        prior_scope: The tokens that the prior acts on. "prompt", the paper's: all tokens of a turn, a prompt and its
+            answer. "answer": those from the last token of the prompt on, which predict the answer; the prompt's other
+            tokens see zero, so that a cached prefix or an earlier turn does not depend on what follows.
+        chat_markers: Token ids around a user's message, as [`chat_markers`] finds them in the tokenizer's chat
+            template. The prior then is that of the latest user's message alone, in training for each answer, in
+            generate, and in the exported router. None stands for none yet: initialize_trex_prior and the
+            TRexPriorCallback find them where they are given a tokenizer whose template the training prompts follow.
+            False switches that off.
         mixture_implementation: "auto" takes the fastest way to compute the mixture: a Triton kernel on GPUs, the
             formula where a compiler fuses it. "reference" always takes the readable formula, which has second
             derivatives and works with `torch.func` and batched gradients. The results are equal up to rounding.
-        init_weights: True starts as in the paper: A and the learned map Kaiming-uniform, B and the router zero, so
-            that the adapter changes nothing at first. "random_router" draws the router too: with a router of zeros
-            only the prior tells the columns of B in a grid apart, and without a prior they stay equal for good. False
-            draws B as well (for tests).
+        init_weights: How the adapter starts. True is the paper's start: A and the learned map Kaiming-uniform, B and
+            the router zero, so that the adapter changes nothing at first. With a router of zeros only the prior tells
+            the columns of B in a grid apart. Where there is none (use_prior=False, or a model without a token
+            embedding) they would stay equal for good, at rank one, so there the router is drawn as well.
+            "zero_router" starts it at zero there too, and "random_router" draws it everywhere; B is zero in both.
+            False draws B as well (for tests).
         trainable: "router" trains what chooses experts (R, the prior's map, omega and the gate) and keeps the experts
             (A and B) as they are, for an adapter from [`trex_from_lora`]; a new one (B is zero) would learn nothing.
         target_modules: Names, or a regular expression, of the modules to adapt. None stands for "all-linear": all
             linear layers but the head, as in the paper.
         exclude_modules: Names, or a regular expression, of the modules to leave out.
         modules_to_save: Modules besides the adapter that are trained and saved in full, a new classification head for
-            instance.
+            instance. With the token embedding, the frozen rows that training has changed are saved, too: the prior
+            reads them.
         layers_to_transform: Indices of the layers to adapt; target_modules must then be a list of names, or None.
         layers_pattern: Name of the `nn.ModuleList` that these indices count, when it is not one of the usual ones.
         fan_in_fan_out: True if the base layer stores its weight as (in, out); transformers' `Conv1D` needs no hint.
@@ -99,8 +111,10 @@ class TRexConfig(PeftConfig):
     prior_encoder: Literal["input_embeddings", "external"] = "input_embeddings"
     prior_dim: int | None = None
     prior_whitening: int | None = None
+    prior_scope: Literal["prompt", "answer"] = "prompt"
+    chat_markers: dict[str, list[int]] | bool | None = None
     mixture_implementation: Literal["auto", "reference"] = "auto"
-    init_weights: Literal[True, False, "random_router"] = True
+    init_weights: Literal[True, False, "random_router", "zero_router"] = True
     trainable: Literal["all", "router"] = "all"
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
@@ -171,6 +185,7 @@ class TRexConfig(PeftConfig):
                 # Python takes 1 for equal to True, but it is no choice.
                 if not any(value == choice and isinstance(value, type(choice)) for choice in choices):
                     raise ValueError(f"{name}={value!r} is unknown; it must be one of {', '.join(map(str, choices))}.")
+        check_markers(self.chat_markers)
         for rule, (names, _) in NUMBERS.items():
             for name in names:
                 value = getattr(self, name)
@@ -258,7 +273,7 @@ NUMBERS: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
 # The knobs that have no use when the router or the prior is left out.
 NEEDED = {
     "use_router": "token_scale router_rank router_top_k balance_loss_coef router_z_loss_coef init_weights".split(),
-    "use_prior": "prior_map prior_encoder prior_whitening".split(),
+    "use_prior": "prior_map prior_encoder prior_whitening prior_scope chat_markers".split(),
 }
 
 

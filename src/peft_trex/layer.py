@@ -43,11 +43,15 @@ class TRexLayer(TRexParameters):
             chosen = self.trex_chosen[adapter_name] = chosen.to(scores.device)
         return scores.index_select(-1, chosen)
 
-    def _prior_for(self, adapter_name: str, x: Tensor, experts: Experts) -> Tensor | None:
-        """Prior of each expert for an input `x` of the forward that runs, None where it has no part."""
+    def _prior_for(self, adapter_name: str, x: Tensor, experts: Experts, shared: bool = False) -> Tensor | None:
+        """Prior of each expert for an input `x` of the forward that runs, None where it has no part.
+
+        An input that is `shared` by all rows sees a zero prior.
+        """
         prior = None
         if self.trex_uses_prior[adapter_name]:
-            prior = self._prior(adapter_name, self._channel.scores(adapter_name, x))
+            reached = self.trex_reached[adapter_name] and not shared
+            prior = self._prior(adapter_name, self._channel.scores(adapter_name, x) if reached else None)
         # An unfitted prior is the only part that an adapter without a router has.
         if experts.router is None and prior is None:
             layout = self.trex_settings[adapter_name].layout
@@ -78,7 +82,7 @@ class TRexLayer(TRexParameters):
         """The core C (r_b, r_a) of the mean routing: uniform over the experts, the training prompts' mean scores."""
         experts, prior = self.experts_of(adapter_name), None
         if self.trex_uses_prior[adapter_name]:
-            scores = self._channel.mean_scores(adapter_name)
+            scores = self._channel.mean_scores(adapter_name) if self.trex_reached[adapter_name] else None
             prior = self._prior(adapter_name, None if scores is None else scores[None].to(experts.A.device))
         return mean_core(experts, prior, self.trex_settings[adapter_name])
 
@@ -88,9 +92,10 @@ class TRexLayer(TRexParameters):
         It can be called within a forward of the model only, from a hook for instance, since the prior belongs to it.
         """
         experts = self.experts_of(adapter_name)
+        shared = self.takes_positions and self._channel.is_position(x)
         x = self._cast_input_dtype(x, experts.A.dtype)
         logits = None if experts.router is None else router_logits(x, experts.router, experts.router_down)
-        prior = self._prior_for(adapter_name, x, experts)
+        prior = self._prior_for(adapter_name, x, experts, shared)
         weights = weigh_experts(x, logits, prior, experts.omega, self.trex_settings[adapter_name])
         return weights.expand(*x.shape[:-1], weights.shape[-1])
 
@@ -116,7 +121,8 @@ class TRexLayer(TRexParameters):
         short = x.dtype == torch.bfloat16 and dtype == torch.float32
         if x.dtype != dtype and not (fused and short and is_fast(x, experts.A)):
             x = self._cast_input_dtype(x, dtype)
-        prior = self._prior_for(adapter_name, x, experts)
+        shared = self.takes_positions and self._channel.is_position(base.x)
+        prior = self._prior_for(adapter_name, x, experts, shared)
         dropout = self._modules["trex_dropout"]._modules[adapter_name]  # type: ignore[attr-defined]
         if type(dropout) is not nn.Identity:
             x = dropout(x)

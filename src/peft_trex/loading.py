@@ -14,6 +14,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from .prior.token_rows import TOKEN_IDS, TOKEN_ROWS
+
 # Every saved tensor of an adapter carries this prefix.
 PREFIX = "trex_"
 STATIC = f"{PREFIX}static"
@@ -85,6 +87,9 @@ def explain_wrong_shapes(module: nn.Module, tensors: Mapping[str, Any], prefix: 
     """A hook before weights are loaded: say what to do about a tensor that does not fit, besides what torch says."""
     error_messages: list[str] = rest[-1]
     for key, tensor in module.state_dict(prefix=prefix).items():
+        # A prior takes over as many rows of its own as there are.
+        if key.endswith((f".{TOKEN_IDS}", f".{TOKEN_ROWS}")):
+            continue
         if f".{PREFIX}" in key and key in tensors and tensors[key].shape != tensor.shape:
             error_messages.append(
                 f"The T-REX tensor {key} has shape {tuple(tensors[key].shape)} in the file and {tuple(tensor.shape)} "

@@ -20,9 +20,13 @@ from .loading import PREFIX, STATIC, check_complete, explain_wrong_shapes, split
 from .prior.adapters import Adapters, find_embedding
 from .prior.channel import PriorChannel
 from .prior.hooks import PromptWatch
+from .prior.positions import position_layers
+from .prior.reach import encoder_modules, modules_outside
 from .prior.semantic_prior import SemanticPrior
 from .quantized import check_mergeable, keep_trainable, release
+from .saved_rows import SavedRows
 from .targets import check_pattern, check_target, check_untied, settle_targets
+from .unsuited import keep_called
 
 # TRL's trainers that train an adapter further, such as DPO's, add a reference adapter of this name with the very
 # configuration of "default". They copy the parameters called `*.default.*`, which misses ours and all buffers.
@@ -90,7 +94,20 @@ class TRexModel(BaseTuner):
         if adapter_name == REFERENCE and self.peft_config.get("default") is config:
             self._copy_adapter("default", REFERENCE)
         self.prompts.attach()
+        self._set_reach(adapter_name, config)
         keep_trainable(model)
+
+    def _set_reach(self, adapter_name: str, config: TRexConfig) -> None:
+        """Tell the layers of an adapter whether its prior reaches them."""
+        adapters = self.prompts.adapters
+        self.prompts.outside = modules_outside(adapters)
+        unreached = self.prompts.outside | (encoder_modules(adapters) if config.prior_scope == "answer" else set())
+        kinds = {kind: position_layers(kind) for kind in {type(module) for module in self.model.modules()}}
+        for name, layer in self.layers_of(adapter_name).items():
+            parent, _, attribute = name.rpartition(".")
+            positions, both = kinds[type(self.model.get_submodule(parent))]
+            layer.trex_reached[adapter_name] = layer not in unreached and attribute not in positions
+            layer.takes_positions = attribute in both
 
     def _make_prior(self, config: TRexConfig) -> SemanticPrior | None:
         embedding = self.input_embedding()
@@ -133,10 +150,11 @@ class TRexModel(BaseTuner):
         if isinstance(target, TRexLayer):
             target.update_layer(adapter_name, peft_config, current_key)
             return
-        check_target(target, parent, current_key)
+        check_target(target, current_key)
         new_module = Linear(target, adapter_name, peft_config, self.prompts.channel, current_key)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
+        keep_called(new_module, parent)
         self._replace_module(parent, target_name, new_module, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -204,6 +222,20 @@ class TRexModel(BaseTuner):
         yield
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        # PEFT saves an embedding that is trained in full, but not the frozen one, which the prior reads.
+        tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        saved_rows = SavedRows(model, find_tuner(model).prompts.scorer, adapter_name)
+        return saved_rows.split(tensors)[1] | saved_rows.for_file(state_dict)
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -211,9 +243,12 @@ class TRexModel(BaseTuner):
         assert isinstance(config, TRexConfig)
         layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, TRexLayer)}
         layers = {name: layer for name, layer in layers.items() if adapter_name in layer.trex_A}
-        static, others = split_static(layers, adapter_name, config.num_clusters, state_dict)
+        saved_rows = SavedRows(model, find_tuner(model).prompts.scorer, adapter_name)
+        rows, others = saved_rows.split(state_dict)
+        static, others = split_static(layers, adapter_name, config.num_clusters, others)
         tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, others)
-        check_complete(adapter_name, model.state_dict(), tensors)
+        check_complete(adapter_name, saved_rows.split(model.state_dict())[1], tensors)
+        tensors |= saved_rows.for_model(rows, tensors)
         for name, layer in layers.items():
             layer.keep_static(adapter_name, torch.zeros_like(static[name]) if name in static else None)
         return tensors | {f"{name}.{STATIC}.{adapter_name}": weights for name, weights in static.items()}

@@ -16,6 +16,7 @@ from .config import TRexConfig
 from .mixture import Experts, Settings
 from .prior.channel import PriorChannel
 
+Start = Literal[True, False, "random_router", "zero_router"]
 KINDS = tuple(f"trex_{field}" for field in Experts._fields)
 
 
@@ -31,6 +32,7 @@ class TRexParameters(BaseTunerLayer):
         "trex_settings",
         "trex_fused",
         "trex_uses_prior",
+        "trex_reached",
         "trex_chosen",
         "trex_static",
     )
@@ -51,6 +53,10 @@ class TRexParameters(BaseTunerLayer):
         self.trex_settings: dict[str, Settings] = {}
         self.trex_fused: dict[str, bool] = {}
         self.trex_uses_prior: dict[str, bool] = {}
+        # A prior reaches the layers of the text model; the tuner says which these are.
+        self.trex_reached: dict[str, bool] = {}
+        # A layer that is called with hidden states and with relative positions must tell them apart.
+        self.takes_positions = False
         # After pruning with the identity map, these are the clusters that the remaining experts belong to.
         self.trex_chosen: dict[str, Tensor] = {}
         self._channel = channel
@@ -93,6 +99,7 @@ class TRexParameters(BaseTunerLayer):
         # Without a router, no path is faster than the formula.
         self.trex_fused[adapter_name] = config.use_router and config.mixture_implementation == "auto"
         self.trex_uses_prior[adapter_name] = config.use_prior
+        self.trex_reached[adapter_name] = True
         self.trex_chosen.pop(adapter_name, None)
         if config.use_prior and not config.learned_map and experts < config.num_experts:
             # No state dict has it, so it must not be made on the meta device, as parameters may be.
@@ -100,13 +107,20 @@ class TRexParameters(BaseTunerLayer):
         # PEFT keeps these frozen whenever it makes the adapter trainable. The dict belongs to PEFT's class at first.
         frozen = ("trex_A", "trex_B") if config.trainable == "router" else ()
         self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: frozen}
-        self.reset_trex_parameters(adapter_name, config.init_weights)
+        start = config.init_weights
+        # The tuner makes the prior before the layers. In the paired layout each column of B has a row of A of its own.
+        if start is True and config.expert_layout == "grid" and adapter_name not in self._channel.priors:
+            start = "random_router"
+        self.reset_trex_parameters(adapter_name, start)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def reset_trex_parameters(self, adapter_name: str, init_weights: bool | Literal["random_router"] = True) -> None:
-        """The start that `TRexConfig.init_weights` names; with any but False the adapter's output is zero at first."""
-        at_zero = {True: ["trex_B", "trex_router"], "random_router": ["trex_B"], False: []}[init_weights]
+    def reset_trex_parameters(self, adapter_name: str, start: Start = True) -> None:
+        """One of the starts of `TRexConfig.init_weights`: with any but False, the adapter's output is zero at first.
+
+        True is the paper's here, with a router of zeros, whether there is a prior or not.
+        """
+        at_zero = ["trex_B", "trex_router"] if start in (True, "zero_router") else ["trex_B"] if start else []
         for name in self.adapter_layer_names:
             parameters = getattr(self, name)
             if name in (*at_zero, "trex_omega", "trex_gate") and adapter_name in parameters:

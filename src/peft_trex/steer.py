@@ -24,8 +24,13 @@ def steer_trex(model: nn.Module, semantic_prior: Any) -> Iterator[None]:
         model.generate(**inputs, semantic_prior=[3, -1, 5])   # the same for one call, row by row
 
     Every forward and `generate` takes the same as the argument `semantic_prior`. It goes before a block around it, and
-    an inner block before an outer one. What goes on from a cache keeps the prior that its prompt had. Blocks hold for
-    the thread that they are entered in. Disabled adapters take no part; the token router stays as it is.
+    an inner block before an outer one. What goes on from a cache keeps the prior that its prompt had. Disabled
+    adapters take no part; the token router stays as it is.
+
+    Blocks hold for the context that they are entered in, as context variables do: for the coroutine, and for what
+    `asyncio.to_thread` starts within. A `threading.Thread` sees those around its start from Python 3.14 on, a
+    compiled forward those of its own thread, and a generator that yields within a block steers its caller meanwhile;
+    give the call itself `semantic_prior` there. A block takes away nothing but itself, in whatever order blocks end.
 
     Args:
         model: a model with a T-REX adapter.
@@ -49,9 +54,5 @@ def steer_trex(model: nn.Module, semantic_prior: Any) -> Iterator[None]:
     examples = isinstance(semantic_prior, Mapping)
     with prompts.scorer.whole_embedding() if examples else nullcontext():
         override = resolve(prompts.scorer, semantic_prior, find_steerable(prompts.adapters))
-    running = prompts.channel.running
-    before, running.override = running.override, override
-    try:
+    with prompts.channel.blocks.entered(override):
         yield
-    finally:
-        running.override = before

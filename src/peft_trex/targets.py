@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .quantized import scheme_of
+from .unsuited import Reason, unsuited_layers
 
 # PEFT adds these heads to modules_to_save only after it has looked for linear layers.
 HEADS = {TaskType.TOKEN_CLS: ("classifier", "score"), TaskType.QUESTION_ANS: ("qa_outputs",)}
@@ -26,13 +27,17 @@ def settle_targets(config: Any, model: nn.Module) -> Any:
     """Write into a configuration what its target_modules and exclude_modules mean in this model, and return it.
 
     Raises:
-        ValueError: if a target is held in one three-dimensional parameter with others.
+        ValueError: if a target is held in one three-dimensional parameter with others, or is a linear layer that an
+            adapter cannot be put into.
     """
     if config.target_modules is None:
         config.target_modules = "all-linear"
     all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+    unsuited = unsuited_layers(model)
     if all_linear:
-        _leave_out(config, model)
+        _leave_out(config, model, unsuited)
+    else:
+        _check_suited(config, unsuited)
     _check_fused_experts(config, model, all_linear)
     if all_linear:
         _maybe_include_all_linear_layers(config, model)
@@ -43,17 +48,38 @@ def settle_targets(config: Any, model: nn.Module) -> Any:
     return config
 
 
-def _leave_out(config: Any, model: nn.Module) -> None:
+def _leave_out(config: Any, model: nn.Module, unsuited: Iterable[str]) -> None:
     """Exclude linear layers that must not be adapted."""
     # PEFT trains the heads in full.
-    names = [name for name in HEADS.get(config.task_type, ()) if hasattr(model, name)]
-    # The attention reads the weight of its out_proj, and never calls the layer.
-    attentions = [path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
-    names += [f"{path}.out_proj".removeprefix(".") for path in attentions]
+    names = {name for name in HEADS.get(config.task_type, ()) if hasattr(model, name)}
+    # The last part of a name stands for all layers with it, where all of them are unsuited.
+    linear = [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    suited = {path.rpartition(".")[2] for path in linear if path not in set(unsuited)}
+    lasts = {path: path.rpartition(".")[2] for path in unsuited}
+    names |= {path if last in suited else last for path, last in lasts.items()}
     if names and isinstance(config.exclude_modules, str):
-        config.exclude_modules = "|".join([config.exclude_modules, *map(re.escape, names)])
+        # PEFT takes a string for a pattern of the whole name.
+        anywhere = [rf"(.*\.)?{re.escape(name)}" for name in sorted(names)]
+        config.exclude_modules = "|".join([config.exclude_modules, *anywhere])
     elif names:
         config.exclude_modules = {*(config.exclude_modules or ()), *names}
+
+
+def _check_suited(config: Any, unsuited: Mapping[str, Reason]) -> None:
+    """Refuse layers that are named as targets and cannot be adapted; an adapter that is only used warns.
+
+    A layer that some roads of the code call can be named, as with LoRA. Where the first training step takes another
+    road, a warning says so.
+    """
+    targets = [path for path in unsuited if unsuited[path].always and check_target_module_exists(config, path)]
+    if not targets:
+        return
+    names = ", ".join([*targets[:2], "..."][: len(targets)])
+    lasts = sorted({path.rpartition(".")[2] for path in targets})
+    message = f"T-REX cannot adapt the target module {names}: {unsuited[targets[0]].text}."
+    if not config.inference_mode:
+        raise ValueError(f"{message} Take it out of target_modules, or leave it out with exclude_modules={lasts}.")
+    warnings.warn(f"{message} Its adapter may have no effect here, or another one than in training.", stacklevel=2)
 
 
 def _quantised_layers(model: nn.Module) -> set[str]:
@@ -121,7 +147,7 @@ def _names_a_layer(target: str, model: nn.Module) -> bool:
     return any(isinstance(module, (Conv1D, BaseTunerLayer)) or hasattr(module, "in_features") for module in modules)
 
 
-def check_target(target: nn.Module, parent: nn.Module, path: str) -> None:
+def check_target(target: nn.Module, path: str) -> None:
     """Raise a ValueError if a module is none that T-REX can adapt."""
     layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     plain = isinstance(layer, (nn.Linear, Conv1D)) and layer.weight.is_floating_point()
@@ -130,11 +156,6 @@ def check_target(target: nn.Module, parent: nn.Module, path: str) -> None:
             f"The target module {path} is a {type(layer).__name__}; T-REX adapts torch.nn.Linear and transformers' "
             "Conv1D with floating-point weights, and quantised layers that PEFT knows. Name such layers in "
             "target_modules, or leave this one out with exclude_modules."
-        )
-    if isinstance(parent, nn.MultiheadAttention):
-        raise ValueError(
-            f"The target module {path} belongs to a torch.nn.MultiheadAttention, which would pass the adapter by in "
-            "silence. Leave it out with exclude_modules."
         )
 
 

@@ -296,9 +296,9 @@ def test_the_priors_share_is_what_its_hooks_take(monkeypatch, sleep):
 
     score = PromptScorer.score
 
-    def slow(*arguments):
+    def slow(*arguments, **options):
         sleep(0.05)
-        return score(*arguments)
+        return score(*arguments, **options)
 
     monkeypatch.setattr(PromptScorer, "score", slow)
     (group,) = cases.prior(cases.Setting("smoke", "fp32", "cpu"))

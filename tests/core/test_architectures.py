@@ -8,21 +8,47 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BEFORE_5, PAD, VOCAB, answered, batches, make_gpt2, make_llama, make_t5, pad_to, prompts
+from conftest import (
+    BEFORE_5,
+    PAD,
+    VOCAB,
+    answered,
+    batches,
+    make_gpt2,
+    make_llama,
+    make_t5,
+    pad_to,
+    prompts,
+    randomize,
+)
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
+    BertForMultipleChoice,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
+    DebertaConfig,
+    DebertaForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
     Gemma3Config,
     Gemma3ForCausalLM,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
+    JambaConfig,
+    JambaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
@@ -33,10 +59,14 @@ from transformers import (
     PhiForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    SiglipConfig,
+    SiglipModel,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -163,6 +193,7 @@ def _vit(**config):
 
 
 EXPERTS_IN_LISTS = pytest.mark.skipif(BEFORE_5, reason="transformers before 5 holds experts in lists of linear layers")
+SINCE_5 = pytest.mark.skipif(BEFORE_5, reason="transformers before 5 has other arguments for images")
 EXTERNAL = {"prior_encoder": "external", "prior_dim": 6}
 CASES = {
     "llama": Case(make_llama),
@@ -437,13 +468,153 @@ def test_names_that_fit_linear_layers_and_experts_warn_once_and_load(tmp_path, t
 def test_an_attention_that_would_pass_the_adapter_by_is_refused():
     layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
     base = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
-    with pytest.raises(ValueError, match=r"layers.0.self_attn.out_proj belongs to a torch.nn.MultiheadAttention"):
+    with pytest.raises(ValueError, match=r"layers.0.self_attn.out_proj: its weight is read by the MultiheadAttention"):
         get_peft_model(base, TRexConfig(target_modules=["out_proj"], use_prior=False))
     for excluded in (None, ["linear1"], "layers.0.linear1"):
         config = TRexConfig(target_modules="all-linear", exclude_modules=excluded, use_prior=False)
         model = get_peft_model(copy.deepcopy(base), config)
         adapted = {name for name, module in model.base_model.model.named_modules() if isinstance(module, TRexLayer)}
         assert adapted == {"layers.0.linear1", "layers.0.linear2"} - ({"layers.0.linear1"} if excluded else set())
+
+
+def test_an_encoder_layer_calls_its_adapters_in_evaluation_too():
+    """PyTorch has a fast path there that reads the weights of both linear layers."""
+    layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
+    base = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    x = torch.randn(3, 5, 16)
+    with torch.no_grad():
+        before = base(x)
+        model = randomize(get_peft_model(base, TRexConfig(r_a=2, r_b=3, use_prior=False)))
+        trained = model.train()(x)
+        torch.testing.assert_close(model.eval()(x), trained, rtol=1e-4, atol=1e-5)
+    assert (trained - before).abs().max() > 1e-2
+
+
+class Gate(nn.Linear):
+    """A router that returns its logits alone."""
+
+    def forward(self, x):
+        return super().forward(x.float())
+
+
+class Router(nn.Linear):
+    """A router that returns what it chooses as well."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits, logits.topk(1).indices
+
+
+class Grouped(nn.Linear):
+    """Its output is that of several products with parts of the weight."""
+
+    def forward(self, x):
+        return torch.einsum("...gi,goi->...go", x, self.weight.unflatten(0, (2, -1)))
+
+
+class Wide(nn.Linear):
+    """Its output is wider than out_features says."""
+
+    def forward(self, x):
+        return torch.cat([super().forward(x), x], -1)
+
+
+class Holder(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.plain, self.inner = nn.Linear(6, 6), inner
+
+    def forward(self, x):
+        return self.plain(x)
+
+
+@pytest.mark.parametrize(
+    ("inner", "suited"),
+    [
+        (nn.Linear(6, 8), True),
+        (nn.modules.linear.NonDynamicallyQuantizableLinear(6, 8), True),
+        (Gate(6, 8), True),
+        (Router(6, 8), False),
+        (Grouped(6, 8), False),
+        (Wide(6, 8), False),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_linear_layers_that_return_no_product_are_left_out_or_refused(inner, suited):
+    model = get_peft_model(Holder(copy.deepcopy(inner)), TRexConfig(use_prior=False))
+    assert set(model.targeted_module_names) == ({"plain", "inner"} if suited else {"plain"})
+    base, config = Holder(inner), TRexConfig(use_prior=False, target_modules=["inner"])
+    if suited:
+        assert get_peft_model(base, config).targeted_module_names == ["inner"]
+        return
+    said = rf"target module inner: it is a {type(inner).__name__}, whose forward does not .* 8\)"
+    with pytest.raises(ValueError, match=said + r".*exclude_modules=\['inner'\]"):
+        get_peft_model(base, config)
+    assert not any(isinstance(module, TRexLayer) for module in base.modules())
+
+
+SMALL = {key: SIZES[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "pad_token_id")}
+JAMBA = {"num_key_value_heads": 2, "num_experts": 1, "mamba_d_state": 4, "mamba_dt_rank": 4}
+# Each mixer, and the linear layers whose weights it reads.
+MIXERS = {
+    "mamba": (
+        lambda: MambaForCausalLM(MambaConfig(**SMALL, state_size=4, time_step_rank=4)),
+        {"x_proj", "dt_proj", "out_proj"},
+    ),
+    "falcon mamba": (
+        lambda: FalconMambaForCausalLM(FalconMambaConfig(**SMALL, state_size=4, time_step_rank=4)),
+        {"x_proj", "dt_proj", "out_proj"},
+    ),
+    "mamba 2": (
+        lambda: Mamba2ForCausalLM(Mamba2Config(**SMALL, state_size=4, num_heads=8, head_dim=8, n_groups=2)),
+        {"out_proj"},
+    ),
+    "jamba": (
+        lambda: _made(JambaForCausalLM, JambaConfig, **JAMBA, attn_layer_period=2, attn_layer_offset=1),
+        {"dt_proj"},
+    ),
+}
+
+
+@SINCE_5
+@pytest.mark.parametrize("kind", MIXERS)
+def test_layers_whose_weights_a_mixer_reads_are_left_out_or_refused(kind):
+    make, read = MIXERS[kind]
+    model = get_peft_model(make(), TRexConfig(r_a=2, r_b=3, use_prior=False, task_type="CAUSAL_LM"))
+    linear = {name.rpartition(".")[2] for name, module in make().named_modules() if isinstance(module, nn.Linear)}
+    assert {name.rpartition(".")[2] for name in model.targeted_module_names} == linear - read - {"lm_head"}
+    # One name stands for the layers of all blocks.
+    assert set(model.peft_config["default"].exclude_modules) == read
+    model.train()(**answered(2)).loss.backward()
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    for name in read:
+        config = TRexConfig(target_modules=["in_proj", name], use_prior=False)
+        # The others are called where no fused kernels run.
+        if name == "dt_proj":
+            with pytest.raises(ValueError, match=rf"\.{name}.*its weight is read by the .*Mixer around it"):
+                get_peft_model(make(), config)
+        else:
+            named = get_peft_model(make(), config).train()
+            named(**answered(2)).loss.backward()
+            assert not [each for each, p in named.named_parameters() if p.requires_grad and p.grad is None]
+
+
+@SINCE_5
+def test_an_adapter_of_such_a_layer_from_before_loads_with_a_warning(tmp_path):
+    settings = {"r_a": 2, "r_b": 3, "use_prior": False}
+    model = get_peft_model(MIXERS["mamba"][0](), TRexConfig(target_modules=["in_proj"], **settings))
+    model.save_pretrained(tmp_path)
+    config, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    config.write_text(config.read_text().replace('"in_proj"', '"in_proj", "dt_proj"'))
+    tensors = load_file(weights)
+    dt_proj = MIXERS["mamba"][0]().backbone.layers[0].mixer.dt_proj
+    shapes = {"trex_A": (2, dt_proj.in_features), "trex_B": (dt_proj.out_features, 3)}
+    shapes["trex_router"] = (6, dt_proj.in_features)
+    others = {name: torch.zeros(shapes.get(name.rpartition(".")[2], (1,))) for name in tensors}
+    save_file({**tensors, **{name.replace("in_proj", "dt_proj"): zeros for name, zeros in others.items()}}, weights)
+    with pytest.warns(UserWarning, match=r"dt_proj.*its weight is read by the MambaMixer .* may have no effect here"):
+        loaded = PeftModel.from_pretrained(MIXERS["mamba"][0](), tmp_path)
+    assert any("dt_proj" in name for name in loaded.targeted_module_names)
 
 
 def _with_images(**settings):
@@ -487,18 +658,183 @@ def test_one_image_for_each_prompt():
     assert model.generate(**batch, max_new_tokens=3, do_sample=False).shape == (2, 20)
 
 
-@pytest.mark.parametrize("settings", [{"use_prior": False}, {"exclude_modules": r".*vision_tower.*"}])
-def test_images_of_one_prompt_are_not_taken_for_those_of_another(settings):
-    batch = _batch_with_images([2, 0])
-    model = _with_images()
-    said = r"different numbers of image tokens, \[8, 0\], so the layer model.vision_tower.*exclude_modules"
-    with pytest.raises(ValueError, match=said):
-        model(**batch)
-    with pytest.raises(ValueError, match=said):
-        model.generate(**batch, max_new_tokens=3)
+def test_images_may_be_spread_unevenly():
+    """No prompt's prior reaches the tower, so that an image is seen alike whatever stands beside it."""
+    model, batch = _with_images(), _batch_with_images([2, 0])
     first = {**batch, **{key: batch[key][:1] for key in ("input_ids", "token_type_ids")}}
+    second = {key: batch[key][1:] for key in ("input_ids", "token_type_ids")}
     with torch.no_grad():
-        model(**first)
-        model(input_ids=batch["input_ids"][1:], token_type_ids=batch["token_type_ids"][1:])
-        free = _with_images(**settings)
-        torch.testing.assert_close(free(**batch).logits[:1], free(**first).logits, rtol=1e-4, atol=1e-4)
+        both = model(**batch).logits
+        torch.testing.assert_close(both[:1], model(**first).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(both[1:], model(**second).logits, rtol=1e-4, atol=1e-4)
+
+
+def _qwen2_vl():
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4}
+    config = Qwen2VLConfig(
+        text_config={**SIZES, "num_key_value_heads": 2, "rope_parameters": rope},
+        vision_config={**vision, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3},
+        image_token_id=VOCAB - 1,
+        video_token_id=VOCAB - 2,
+        vision_start_token_id=VOCAB - 3,
+        vision_end_token_id=VOCAB - 4,
+    )
+    model = get_peft_model(
+        Qwen2VLForConditionalGeneration(config),
+        TRexConfig(r_a=2, r_b=3, num_clusters=4, task_type="CAUSAL_LM", init_weights=False),
+    )
+    randomize(model)
+    initialize_trex_prior(model, batches(), progress=False)
+    return model.eval()
+
+
+def _qwen2_vl_batch(images):
+    """Rows of 19 tokens that begin with as many images, four tokens each, as `images` says; answers are labelled."""
+    ids = prompts(len(images), 19)
+    for row, count in enumerate(images):
+        for image in range(count):
+            start = 6 * image
+            ids[row, start], ids[row, start + 5] = VOCAB - 3, VOCAB - 4
+            ids[row, start + 1 : start + 5] = VOCAB - 1
+    total = sum(images)
+    pixels = torch.randn(16 * total, 96, generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "labels": ids.masked_fill(torch.arange(19) < 14, -100)}
+    images_of_batch = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 4]] * total)}
+    return {**batch, **images_of_batch, "mm_token_type_ids": (ids == VOCAB - 1).int()}
+
+
+@SINCE_5
+@pytest.mark.parametrize("images", [[1, 1], [2, 1], [2, 0], [1, 1, 2]])
+def test_rows_with_any_number_of_images_are_what_they_are_alone(images):
+    """Qwen2-VL's tower takes the patches of all images in one axis."""
+    model, batch = _qwen2_vl(), _qwen2_vl_batch(images)
+    with torch.no_grad():
+        together = model(**batch).logits
+        first = 0
+        for row, count in enumerate(images):
+            alone = {key: batch[key][row : row + 1] for key in ("input_ids", "labels", "mm_token_type_ids")}
+            if count:
+                alone["pixel_values"] = batch["pixel_values"][16 * first : 16 * (first + count)]
+                alone["image_grid_thw"] = batch["image_grid_thw"][first : first + count]
+            first += count
+            torch.testing.assert_close(together[row], model(**alone).logits[0], rtol=1e-4, atol=1e-4)
+    model.train()(**batch).loss.backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert any("visual" in name for name in trained)
+    assert not {name for name, p in trained.items() if p.grad is None}
+
+
+def _siglip():
+    torch.manual_seed(0)
+    text = {key: SIZES[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+    text |= {"num_attention_heads": 4, "max_position_embeddings": 32, "pad_token_id": 0, "eos_token_id": 2}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision |= {"image_size": 8, "patch_size": 4}
+    base = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
+    model = get_peft_model(base, TRexConfig(r_a=2, r_b=3, num_clusters=4, target_modules="all-linear"))
+    randomize(model)
+    initialize_trex_prior(model, batches(), progress=False)
+    return model.eval()
+
+
+def test_an_image_is_embedded_alike_whatever_text_stands_beside_it():
+    model, ids, pixels = _siglip(), prompts(8), _pixels()
+    adapted_layers = [name for name, module in model.named_modules() if isinstance(module, TRexLayer)]
+    assert all(any(tower in name for name in adapted_layers) for tower in ("text_model", "vision_model"))
+    with torch.no_grad():
+        output = model(input_ids=ids, pixel_values=pixels)
+        other = model(input_ids=ids.flip(0), pixel_values=pixels)
+        torch.testing.assert_close(other.image_embeds, output.image_embeds, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(other.text_embeds.flip(0), output.text_embeds, rtol=1e-4, atol=1e-5)
+        # What either tower says alone, up to the norm.
+        for features, expected in (
+            (model.get_base_model().get_image_features(pixel_values=pixels), output.image_embeds),
+            (model.get_base_model().get_text_features(input_ids=ids), output.text_embeds),
+        ):
+            features = getattr(features, "pooler_output", features)
+            torch.testing.assert_close(nn.functional.normalize(features), expected, rtol=1e-4, atol=1e-5)
+        # The prior does act on the text.
+        prior = torch.tensor([1.0, 0.0, 0.0, 0.0]).expand(8, 4)
+        steered = model(input_ids=ids, pixel_values=pixels, semantic_prior=prior)
+    assert (steered.text_embeds - output.text_embeds).abs().max() > 1e-3
+    torch.testing.assert_close(steered.image_embeds, output.image_embeds, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_multiple_choice_takes_each_choice_for_a_prompt(rows):
+    model = _bert_for_choices()
+    ids = prompts(4 * rows).view(rows, 4, 9)
+    batch = {"input_ids": ids, "labels": torch.arange(rows) % 4}
+    with torch.no_grad():
+        together = model(**batch).logits
+        for choice in range(4):
+            one = model(input_ids=ids[:, choice : choice + 1]).logits
+            torch.testing.assert_close(together[:, choice : choice + 1], one, rtol=1e-4, atol=1e-4)
+    model.train()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def _bert_for_choices():
+    base = _made(BertForMultipleChoice, BertConfig, **NO_DROPOUT)
+    model = get_peft_model(base, TRexConfig(r_a=2, r_b=3, num_clusters=4, target_modules=["query", "value"]))
+    randomize(model)
+    initialize_trex_prior(model, batches(), progress=False)
+    return model.eval()
+
+
+DEBERTA = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "num_labels": 3, **NO_DROPOUT}
+V2 = {**DEBERTA, "position_buckets": 8, "norm_rel_ebd": "layer_norm", "position_biased_input": False}
+DEBERTAS = {
+    "v1": lambda: _made(DebertaForSequenceClassification, DebertaConfig, max_relative_positions=32, **DEBERTA),
+    "v2": lambda: _made(DebertaV2ForSequenceClassification, DebertaV2Config, share_att_key=False, **V2),
+    "v3": lambda: _made(DebertaV2ForSequenceClassification, DebertaV2Config, share_att_key=True, **V2),
+}
+
+
+# Sixteen tokens are as many as there are relative positions in v2 and v3.
+@pytest.mark.parametrize("length", [9, 16])
+@pytest.mark.parametrize("kind", DEBERTAS)
+def test_a_row_of_deberta_is_the_same_alone_and_among_others(kind, length):
+    settings = {"r_a": 2, "r_b": 3, "num_clusters": 4, "target_modules": "all-linear", "task_type": "SEQ_CLS"}
+    model = randomize(get_peft_model(DEBERTAS[kind](), TRexConfig(**settings)))
+    initialize_trex_prior(model, batches(), progress=False)
+    model.eval()
+    ids = prompts(3, length)
+    with torch.no_grad():
+        together = model(input_ids=ids).logits
+        alone = torch.cat([model(input_ids=row[None]).logits for row in ids])
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-4)
+    # The prior acts on what a row holds.
+    with torch.no_grad():
+        steered = model(input_ids=ids[:1], semantic_prior=torch.tensor([[0.0, 0.0, 0.0, 1.0]])).logits
+    assert (steered - together[:1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_deberta_trains_on_one_row_as_on_a_row_of_two(checkpointing):
+    """The gradients of a single row are those of the same row twice."""
+    found = []
+    for rows in (1, 2):
+        base = DEBERTAS["v3"]()
+        settings = {"r_a": 2, "r_b": 3, "num_clusters": 4, "target_modules": "all-linear", "task_type": "SEQ_CLS"}
+        model = randomize(get_peft_model(base, TRexConfig(**settings)))
+        initialize_trex_prior(model, batches(), progress=False)
+        model.train()
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        ids = prompts(1, 16).expand(rows, -1)
+        model(input_ids=ids, labels=torch.ones(rows, dtype=torch.long)).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert any("key_proj" in name for name in found[0])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)

@@ -257,6 +257,120 @@ def test_a_loss_of_one_s_own_can_add_them():
     torch.testing.assert_close(loss, expected.loss)
 
 
+UNUSED = "balance_loss_coef and router_z_loss_coef have no effect: the trainer computes a loss of its own"
+
+
+def _own_loss(output):
+    return output.logits.square().mean()
+
+
+def _passed_by(model, optimizer):
+    batch = answered(4)
+    for _ in range(2):
+        _own_loss(model(**batch)).backward()
+
+
+def _passed_by_in_one_step(model, optimizer):
+    _own_loss(model(**answered(4))).backward()
+    optimizer.step()
+
+
+def _passed_by_after_accumulation(model, optimizer):
+    for _ in range(3):
+        _own_loss(model(**answered(4))).backward()
+    optimizer.step()
+
+
+def _passed_by_with_two_forwards(model, optimizer):
+    (_own_loss(model(**answered(4))) + _own_loss(model(**answered(4, seed=1)))).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "train",
+    [_passed_by, _passed_by_in_one_step, _passed_by_after_accumulation, _passed_by_with_two_forwards],
+)
+def test_a_loss_of_one_s_own_that_passes_them_by_is_said_once(train):
+    model = adapted(**COEFFICIENTS).train()
+    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(model, optimizer)
+        assert len(caught) == 1, "one step is enough to tell"
+        train(model, optimizer)
+    assert [str(warning.message).startswith(UNUSED) for warning in caught] == [True]
+
+
+def _two_forwards_one_backward(model, batch):
+    (model(**batch).loss + model(**answered(4, seed=1)).loss).backward()
+
+
+def _one_of_two_forwards(model, batch):
+    """The second forward's logits alone take part, as in a regularisation."""
+    (model(**batch).loss + _own_loss(model(**answered(4, seed=1)))).backward()
+
+
+def _eval_in_between(model, batch):
+    loss = model(**batch).loss
+    with torch.no_grad():
+        model.eval()(**batch)
+    loss.backward()
+    model.train()
+
+
+def _never_backward(model, batch):
+    model(**batch)
+
+
+def _a_gradient_before(model, batch):
+    """A gradient penalty reaches the logits before the losses are reached."""
+    output = model(**batch)
+    torch.autograd.grad(output.logits.sum(), model.get_parameter(ROUTER), retain_graph=True)
+    output.loss.backward()
+
+
+def _accumulated(model, batch):
+    for _ in range(3):
+        (model(**batch).loss / 3).backward()
+
+
+def _checkpointing(model, batch):
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model(**batch).loss.backward()
+
+
+def _added_by_hand(model, batch):
+    output = model(**batch)
+    (_own_loss(output) + getattr(output, LOSS)).backward()
+
+
+ROUTER = "base_model.model.model.layers.0.self_attn.q_proj.trex_router.default"
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        _two_forwards_one_backward,
+        _one_of_two_forwards,
+        _eval_in_between,
+        _never_backward,
+        _a_gradient_before,
+        _accumulated,
+        _checkpointing,
+        _added_by_hand,
+    ],
+)
+def test_router_losses_that_are_used_raise_no_alarm(train):
+    model, batch = adapted(**COEFFICIENTS).train(), answered(4)
+    model.enable_input_require_grads()
+    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for _ in range(3):
+            train(model, batch)
+            optimizer.step()
+
+
 def test_an_interrupted_forward_leaves_nothing_behind():
     model, batch = adapted(**COEFFICIENTS), BATCHES["even"]
     expected, _ = _train(model, batch)

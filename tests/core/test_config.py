@@ -19,7 +19,7 @@ def test_defaults_are_the_papers():
 def test_each_field_has_its_explanation_and_the_docstring_has_the_same():
     documented = " ".join(TRexConfig.__doc__.split())
     knobs = [field for field in dataclasses.fields(TRexConfig) if field.name in TRexConfig.__annotations__]
-    assert len(knobs) == 29
+    assert len(knobs) == 31
     for knob in knobs:
         assert documented.count(f" {knob.name}: {knob.metadata['help']} ") == 1
 
@@ -70,9 +70,10 @@ def test_all_may_be_drawn_without_a_router():
         ({"use_router": False, "router_rank": 2}, ["router_rank=2", "use_router=False"]),
         ({"prior_whitening": 0}, ["prior_whitening=0"]),
         ({"prior_whitening": 16, "use_prior": False}, ["prior_whitening=16", "use_prior=False"]),
-        ({"init_weights": "gaussian"}, ["init_weights='gaussian'", "one of True, False, random_router"]),
+        ({"init_weights": "gaussian"}, ["init_weights='gaussian'", "one of True, False, random_router, zero_router"]),
         ({"init_weights": 1}, ["init_weights=1", "one of True, False, random_router"]),
         ({"init_weights": "random_router", "use_router": False}, ["'random_router'", "use_router=False"]),
+        ({"init_weights": "zero_router", "use_router": False}, ["'zero_router'", "use_router=False"]),
         ({"router_rank": 0}, ["router_rank=0", "at least 1"]),
         ({"router_rank": 2.0}, ["router_rank=2.0", "whole number"]),
         ({"balance_loss_coef": -0.1}, ["balance_loss_coef=-0.1", "at least 0"]),

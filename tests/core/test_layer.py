@@ -198,7 +198,7 @@ def test_without_a_prior_only_a_drawn_router_lets_the_output_vectors_differ(rout
     x = torch.randn(64, 6, dtype=torch.float64)
     target = torch.randn(64, 7, dtype=torch.float64)
     differences = {}
-    for start in (True, "random_router"):
+    for start in (True, "random_router", "zero_router"):
         torch.manual_seed(0)
         layer = nn.Sequential(nn.Linear(6, 7)).double()
         config = TRexConfig(
@@ -215,8 +215,44 @@ def test_without_a_prior_only_a_drawn_router_lets_the_output_vectors_differ(rout
         columns = layer[0].trex_B["default"].detach()
         assert columns.abs().max() > 0.01
         differences[start] = (columns - columns[:, :1]).abs().max()
-    assert differences[True] < 1e-6
-    assert differences["random_router"] > 1e-3
+    assert differences["zero_router"] < 1e-6
+    assert min(differences[True], differences["random_router"]) > 1e-3
+
+
+class Rows(nn.Module):
+    """A model without a token embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 7)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+STARTS = [
+    # (a model, settings, whether the router starts at zero)
+    (make_llama, {}, True),
+    (make_llama, {"use_prior": False}, False),
+    (make_llama, {"use_prior": False, "init_weights": "zero_router"}, True),
+    (make_llama, {"init_weights": "random_router"}, False),
+    (Rows, {}, False),
+    (Rows, {"init_weights": "zero_router"}, True),
+    (Rows, {"prior_encoder": "external", "prior_dim": 5}, True),
+    # Each column of B has a row of A of its own there, so a router of zeros keeps nothing equal.
+    (make_llama, {"use_prior": False, "expert_layout": "paired", "r_b": 2}, True),
+]
+
+
+@pytest.mark.parametrize(("make", "settings", "zero"), STARTS)
+def test_the_router_is_drawn_where_no_prior_tells_the_output_vectors_apart(make, settings, zero):
+    settings = {"r_a": 2, "r_b": 3, "num_clusters": 4, "target_modules": "all-linear", **settings}
+    model = get_peft_model(make(), TRexConfig(**settings))
+    model.add_adapter("second", TRexConfig(**settings))
+    for layer in [module for module in model.modules() if isinstance(module, TRexLayer)]:
+        for name in ("default", "second"):
+            assert bool(layer.trex_router[name].any()) is not zero
+            assert not layer.trex_B[name].any(), "the adapter changes nothing at first"
 
 
 def test_default_targets_are_all_linear_layers_but_the_head():

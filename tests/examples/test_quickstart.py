@@ -22,25 +22,42 @@ def _quickstart(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
+# A model with a chat template, and one without.
+TEMPLATE = """{% for message in messages %}<s>{{ message['role'] }} {{ message['content'] }}</s>{% endfor %}\
+{% if add_generation_prompt %}<s>assistant {% endif %}"""
+RUNS = {"--bf16": TEMPLATE, "--no-bf16": None}
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def template(request):
+    return RUNS[request.param]
+
+
 @pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
+def tiny_model(tmp_path_factory, template):
     folder = tmp_path_factory.mktemp("model")
     save_tiny_model(folder)
+    if template:
+        (folder / "chat_template.jinja").write_text(template)
     return folder
 
 
-@pytest.fixture(scope="module", params=["--bf16", "--no-bf16"])
-def finished(tiny_model, tmp_path_factory, request):
+@pytest.fixture(scope="module")
+def finished(tiny_model, tmp_path_factory, template):
     """The demo's folder when it has run through, and the process."""
     folder = tmp_path_factory.mktemp("demo")
-    result = _quickstart("--model", tiny_model, "--steps", 3, "--test", 2, "--out", folder, request.param)
+    precision = next(name for name, one in RUNS.items() if one == template)
+    result = _quickstart("--model", tiny_model, "--steps", 3, "--test", 2, "--out", folder, precision)
     assert result.returncode == 0, result.stderr[-3000:]
     return folder, result
 
 
 @pytest.mark.slow
-def test_quickstart_runs_through(finished):
+def test_quickstart_runs_through(finished, template):
     folder, result = finished
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    words = "the latest user message alone, which stands between '<s>user ' and '</s>'"
+    assert (words in result.stdout) == bool(template) == bool(config["chat_markers"])
     for words in (
         "8 tasks, 4800 training rows, 16 held-out prompts",
         "32 clusters",

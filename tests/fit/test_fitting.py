@@ -23,11 +23,12 @@ from conftest import adapted, batches, make_llama, prompts
 from peft import get_peft_model
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.metrics import normalized_mutual_info_score
+from texts import make_chat_tokenizer
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 
-from peft_trex import TRexConfig, TRexPriorCallback, initialize_trex_prior
+from peft_trex import TRexConfig, TRexPriorCallback, chat_markers, initialize_trex_prior
 from peft_trex.fit import fitting
 from peft_trex.fit.ranks import shares
 from peft_trex.fit.reservoir import Reservoir
@@ -462,6 +463,23 @@ def _rows():
     return [{"input_ids": row, "labels": row.masked_fill(torch.arange(9) < 5, -100)} for row in prompts(64)]
 
 
+# The rows of each rank, of 48, that are chats.
+CHATS = {"chats on one": (48, 0), "most are chats": (48, 16), "one ends early": (8, 48), "no chats": (4, 4)}
+
+
+def _chats(rank, *counts):
+    model = adapted(fit=False, base=make_llama(vocab_size=400))
+    tokenizer = make_chat_tokenizer()
+    plain, data = ["ab cd", "efg", "hi"], []
+    for number in range(counts[0] if counts == (8, 48) and rank == 0 else 48):
+        user = f"{plain[number % 3] * 3} {number} {rank}"
+        turns = [{"role": "user", "content": user}]
+        chat = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(chat if number < counts[rank] else user)["input_ids"]
+        data.append({"input_ids": torch.tensor([ids])})
+    return model, initialize_trex_prior(model, data, progress=False, tokenizer=tokenizer)
+
+
 def _fit(rank, how):
     """One of the cases below, in one of the two processes: the model, and what was reported."""
     if how.startswith("trained"):
@@ -471,6 +489,8 @@ def _fit(rank, how):
             "trained on a stream": lambda: _trained(_Rows()),
             "trained on a stream, not dispatched": lambda: _trained(_Rows(), dispatch_batches=False),
         }[how]()
+    if how in CHATS:
+        return _chats(rank, *CHATS[how])
     model, options = adapted(prior_whitening=8 if how == "whitened" else None), {}
     data = _shared(rank)
     embeddings = [_tasks(3000)[0], _tasks(1000, seed=5)[0]][rank]
@@ -512,6 +532,7 @@ def _run_rank(folder, *cases):
             found = {"digest": _digest(model), "mean": _prior(model).mean.tolist()}
             if report is not None:
                 found |= {"report": [report.prompts, report.sampled, sum(report.cluster_sizes)]}
+                found |= {"markers": report.chat_markers, "kept": model.peft_config["default"].chat_markers}
         except BaseException as error:
             found = {"error": type(error).__name__, "message": str(error)}
             if how == "interrupted" and rank == 1:
@@ -528,6 +549,7 @@ def _run_rank(folder, *cases):
 CASES = (
     "shared out",
     "whitened",
+    *CHATS,
     "not shared out",
     "unequal",
     "one has none",
@@ -602,6 +624,19 @@ def test_all_ranks_end_with_the_same_prior(how, report, two_ranks):
     assert first["digest"] == second["digest"]
     if report is not None:
         assert first["report"] == second["report"] == report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "finds"),
+    [("chats on one", False), ("most are chats", True), ("one ends early", True), ("no chats", False)],
+)
+def test_all_ranks_find_the_chat_markers_or_none_does(how, finds, two_ranks):
+    assert how in two_ranks, two_ranks["log"]
+    first, second = two_ranks[how]
+    assert first["digest"] == second["digest"] and first["report"] == second["report"]
+    expected = chat_markers(make_chat_tokenizer()) if finds else None
+    assert [each[name] for each in (first, second) for name in ("markers", "kept")] == [expected] * 4
 
 
 @pytest.mark.slow

@@ -12,10 +12,12 @@ from pathlib import Path
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import peft.peft_model
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from conftest import adapted, answered, batches, make_llama, prompts
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -339,6 +341,60 @@ def zero(folder, stage):
             if dist.get_rank() == 0:
                 results[variant]["resumed"] = resumed
     keep(results, folder, f"zero{stage}")
+
+
+# an embedding that is trained beside the adapter, and a frozen one that the prior reads
+
+
+NEW_TOKENS = 4
+
+
+def with_new_tokens(seed, dtype):
+    """An adapter on a base model whose last tokens have rows that the seed draws."""
+    base = make_llama()
+    torch.manual_seed(seed)
+    base.resize_token_embeddings(base.vocab_size + NEW_TOKENS, mean_resizing=False)
+    return adapted(base=base.to(dtype), fit=False, modules_to_save=["embed_tokens", "lm_head"]).train()
+
+
+def read_by_prior(model):
+    """What the prior of an adapter reads for the last tokens and some others."""
+    scorer = model.base_model.prompts.scorer
+    with scorer.whole_embedding():
+        return scorer.embed({"input_ids": torch.arange(50, make_llama().vocab_size + NEW_TOKENS)[:, None]})[0]
+
+
+def trained_embedding(folder, how):
+    """It is sharded, trained, and saved by the main process; with FSDP2 also by all processes, and loaded again."""
+    meet(how)
+    model = with_new_tokens(1, DTYPES[how])
+    expected = read_by_prior(model)
+    if how == "fsdp2":
+        runs = shard(model)
+        train(runs, optimizer_of(runs), last=1)
+        state = get_model_state_dict(model, options=ON_MAIN)
+    else:
+        runs = engine_of(model, 3)
+        train(runs, None, last=1)
+        state = runs._zero3_consolidated_16bit_state_dict()
+    assert torch.equal(read_by_prior(model), expected)
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder / "saved", state_dict=state, save_embedding_layers=False)
+        # The frozen embedding cannot be had by one process alone, which must not wait for the others.
+        state = {name: tensor for name, tensor in state.items() if "original_module" not in name}
+        with pytest.warns(UserWarning, match="frozen token embedding, which the prior reads, is not in the state"):
+            model.save_pretrained(folder / "left out", state_dict=state, save_embedding_layers=False)
+    results = {"expected": expected}
+    if how == "fsdp2":
+        dcp.save(get_peft_model_state_dict(model, save_embedding_layers=False), checkpoint_id=folder / "shards")
+        again = shard(with_new_tokens(2, DTYPES[how]))
+        assert not torch.equal(read_by_prior(again), expected)
+        state = get_peft_model_state_dict(again, save_embedding_layers=False)
+        dcp.load(state, checkpoint_id=folder / "shards")
+        set_peft_model_state_dict(again, state)
+        results["again"] = read_by_prior(again)
+        train(again, optimizer_of(again), last=1)
+    keep(results, folder, "trained_embedding")
 
 
 # sharded, and killed

@@ -180,6 +180,18 @@ def test_prior_of_a_sharded_model(tmp_path, how):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", ["fsdp2", ZERO3])
+def test_the_frozen_embedding_of_a_sharded_model_is_saved(tmp_path, how):
+    launch(tmp_path, "trained_embedding", how)
+    results = torch.load(tmp_path / "trained_embedding.pt", weights_only=True)
+    other = worker.with_new_tokens(2, worker.DTYPES[how]).unload()
+    loaded = PeftModel.from_pretrained(other, tmp_path / "saved", autocast_adapter_dtype=False)
+    assert len(loaded.base_model.trex_prior["default"].token_ids) == worker.NEW_TOKENS
+    for embeds in (worker.read_by_prior(loaded), *([results["again"]] if how == "fsdp2" else [])):
+        torch.testing.assert_close(embeds, results["expected"], rtol=0, atol=0)
+
+
+@pytest.mark.slow
 def test_trainer_equals_one_process_and_resumes(tmp_path, tmp_path_factory):
     launch(tmp_path, "trainer")
     found = torch.load(tmp_path / "trainer.pt", weights_only=True)

@@ -1,6 +1,7 @@
 """Training with transformers' Trainer: the callback fits the prior, the loss falls, resuming changes nothing."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from conftest import PAD, adapted, answered, make_llama, prompts
 from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from peft_trex import TRexConfig, TRexPriorCallback
+from peft_trex import TRexConfig, TRexLayer, TRexPriorCallback
+
+datasets = pytest.importorskip("datasets")
 
 SETTINGS = {"r_a": 2, "r_b": 3, "num_clusters": 4, "task_type": "CAUSAL_LM"}
 
@@ -235,3 +238,32 @@ def test_adapters_on_a_bfloat16_base(tmp_path, upcast, fresh_accelerate):
         make_llama().to(torch.bfloat16), tmp_path / "adapter", autocast_adapter_dtype=upcast
     )
     assert torch.equal(loaded.eval()(**answered(2)).logits, model.eval()(**answered(2)).logits)
+
+
+def _scores_in_training(folder, **kwargs):
+    """The prior's scores of the first step's rows, and what was warned of."""
+    model, seen = adapted().train(), []
+    layer = next(module for module in model.modules() if isinstance(module, TRexLayer))
+    layer.register_forward_pre_hook(lambda layer, args: seen.append(layer._channel.scores("default", args[0])))
+    rows = [
+        {"input_ids": ids, "labels": [-100] * 5 + ids[5:], "completion_mask": [0] * 5 + [1] * 4}
+        for ids in prompts(8).tolist()
+    ]
+    settings = {"max_steps": 1, "per_device_train_batch_size": 8, "use_cpu": True, "report_to": [], "seed": 0}
+    args = TrainingArguments(str(folder), disable_tqdm=True, save_strategy="no", **settings, **kwargs)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Trainer(model=model, args=args, train_dataset=datasets.Dataset.from_list(rows)).train()
+    said = [str(warning.message) for warning in caught if "completion_mask" in str(warning.message)]
+    return seen[0], said
+
+
+def test_the_advice_about_labels_that_are_taken_away_works(tmp_path):
+    """label_smoothing_factor keeps labels from the forward, and the Trainer drops columns that it does not know."""
+    expected, quiet = _scores_in_training(tmp_path)
+    whole, said = _scores_in_training(tmp_path, label_smoothing_factor=0.1)
+    assert not quiet and (whole - expected).abs().max() > 1e-3
+    assert len(said) == 1 and "a completion_mask column then needs remove_unused_columns=False" in said[0]
+    kept, said = _scores_in_training(tmp_path, label_smoothing_factor=0.1, remove_unused_columns=False)
+    assert not said
+    torch.testing.assert_close(kept, expected)

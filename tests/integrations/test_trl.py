@@ -4,16 +4,19 @@ Each token gets the prior of its own prompt: in rows that hold several, and in t
 """
 
 import math
+import re
+import warnings
 
 import pytest
 import torch
 from conftest import PAD, adapted, make_llama
 from peft import get_peft_model
-from texts import make_tokenizer, pairs, rows, text
+from texts import make_chat_tokenizer, make_tokenizer, pairs, rows, text
 from torch.nn import functional as F
 from transformers import DataCollatorWithFlattening, LlamaForSequenceClassification
 
-from peft_trex import TRexConfig, TRexPriorCallback, initialize_trex_prior
+from peft_trex import TRexConfig, TRexPriorCallback, chat_markers, initialize_trex_prior
+from peft_trex.router_losses import LOSS
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 datasets = pytest.importorskip("datasets")
@@ -41,14 +44,14 @@ def _args(kind, folder, **kwargs):
     return getattr(trl, f"{kind}Config")(**{**settings, **kwargs})
 
 
-def _trainer(kind, folder, data, model=None, callbacks=None, **kwargs):
+def _trainer(kind, folder, data, model=None, callbacks=None, tokenizer=None, **kwargs):
     """A trainer of TRL's; without a model, one on a fresh base model with `peft_config`."""
     extra = {"reward_funcs": kwargs.pop("reward_funcs")} if "reward_funcs" in kwargs else {}
     given = {"model": make_llama(), "peft_config": TRexConfig(**SETTINGS)} if model is None else {"model": model}
     return getattr(trl, f"{kind}Trainer")(
         args=_args(kind, folder, **kwargs),
         train_dataset=datasets.Dataset.from_list(data),
-        processing_class=make_tokenizer(),
+        processing_class=tokenizer or make_tokenizer(),
         callbacks=[TRexPriorCallback(progress=False)] if callbacks is None else callbacks,
         **given,
         **extra,
@@ -173,12 +176,156 @@ def test_assistant_only_loss_trains_with_the_prior_that_generation_has(tmp_path)
     model = adapted()
     trainer = _trainer("SFT", tmp_path, data, model, assistant_only_loss=True, max_steps=1)
     seen = _watch(model)
-    trainer.train()
+    # This tokenizer has no word for what markers are looked for with.
+    with pytest.warns(UserWarning, match="Some rows hold several answers"):
+        trainer.train()
     tokens = [[3, *prompt, 4] for prompt, _ in pairs(8)]
     expected = _expected_scores(model, tokens)
     assert len(seen) == 2  # the forward, and gradient checkpointing's second run of it
-    for score in torch.cat([scores for _, scores in seen]):
-        assert (expected - score).abs().amax(1).min() < 1e-5
+    for _, scores in seen:
+        # In the first turn; what follows is pooled with it.
+        for score in scores[:, 0]:
+            assert (expected - score).abs().amax(1).min() < 1e-5
+
+
+TOKENIZER = make_chat_tokenizer()
+# Their texts are as long as those of the other turns, and of other letters.
+USERS = [f"{'abcd'[number % 4] * 5} {number}" for number in range(32)]
+LAYOUTS = [{}, {"packing": True, "max_length": 96}, {"padding_free": True, "max_length": None}]
+
+
+def _turn(role, content):
+    return {"role": role, "content": content}
+
+
+def _conversations():
+    """Sixteen of two turns, half of them after a system prompt."""
+    chats = []
+    for number in range(16):
+        turns = [_turn("system", "Be brief.")] if number % 2 else []
+        for user in (USERS[2 * number], USERS[2 * number + 1]):
+            turns += [_turn("user", user), _turn("assistant", user[:3] + "!")]
+        chats.append(turns)
+    return chats
+
+
+def _chat_model(model=None):
+    base = make_llama(vocab_size=400, max_position_embeddings=512)
+    return get_peft_model(base, TRexConfig(**SETTINGS)) if model is None else model
+
+
+def _watch_rows(model):
+    """A list that gets each forward's ids and its scores, one for each token (B, T, K)."""
+    seen, ids_of = [], []
+    base = model.base_model.model
+    base.register_forward_pre_hook(lambda _, args, kwargs: ids_of.append(kwargs["input_ids"]), with_kwargs=True)
+    layer = base.model.layers[0].self_attn.q_proj
+
+    def note(layer, args):
+        if not layer.disable_adapters and layer.active_adapters == ["default"]:
+            scores = layer._channel.scores("default", args[0])
+            scores = scores if scores.dim() == 3 else scores[:, None].expand(*args[0].shape[:2], -1)
+            seen.append((ids_of[-1], scores))
+
+    layer.register_forward_pre_hook(note)
+    return seen
+
+
+def _scores_of(model, message):
+    return _expected_scores(model, [TOKENIZER(message)["input_ids"]])[0]
+
+
+def _check_turns(model, ids, scores):
+    """Each token of a row, from the one before an answer to its end, has the prior of the message before it.
+
+    Returns the number of answers.
+    """
+    text = TOKENIZER.decode(ids)
+    ends = [len(TOKENIZER.decode(ids[: place + 1])) for place in range(len(ids))]
+    pattern = r"<\|im_start\|>user\n(.*?)<\|im_end\|>\n<\|im_start\|>assistant\n(.*?<\|im_end\|>)"
+    turns = list(re.finditer(pattern, text))
+    for turn in turns:
+        # The token before an answer predicts its first one.
+        places = [place for place, end in enumerate(ends) if turn.start(2) <= end <= turn.end(2)]
+        assert len(places) > 3
+        expected = _scores_of(model, turn[1]).expand(len(places), -1)
+        torch.testing.assert_close(scores[places], expected, atol=1e-5, rtol=0)
+    return len(turns)
+
+
+def _check_chat_fit(trainer, messages):
+    """The markers were found, and the prior was fitted on these messages."""
+    assert trainer.model.peft_config["default"].chat_markers == chat_markers(TOKENIZER)
+    _check_fit(trainer.model, [TOKENIZER(message)["input_ids"] for message in messages])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("assistant_only", [True, False])
+def test_sft_of_chats_trains_each_answer_with_its_own_message(tmp_path, assistant_only, layout):
+    data = [{"messages": turns} for turns in _conversations()]
+    settings = {"assistant_only_loss": assistant_only, "max_steps": 2, "tokenizer": TOKENIZER, **layout}
+    trainer = _trainer("SFT", tmp_path, data, _chat_model(), **settings)
+    seen = _watch_rows(trainer.model)
+    trainer.train()
+    _check_chat_fit(trainer, USERS)
+    assert sum(_check_turns(trainer.model, *row) for ids, scores in seen for row in zip(ids, scores, strict=True)) > 8
+    # The markers travel with the adapter.
+    trainer.save_model(tmp_path)
+    assert TRexConfig.from_pretrained(tmp_path).chat_markers == chat_markers(TOKENIZER)
+    # Generation sees, for each turn, what the training saw.
+    for turns in _conversations()[:4]:
+        for cut in range(1, len(turns)):
+            if turns[cut]["role"] == "assistant":
+                ids = TOKENIZER.apply_chat_template(
+                    turns[:cut], add_generation_prompt=True, return_tensors="pt", return_dict=True
+                )
+                seen.clear()
+                trainer.model.eval().generate(**ids, max_new_tokens=2, do_sample=False, eos_token_id=None)
+                assert len(seen) == 2
+                for _, scores in seen:
+                    expected = _scores_of(trainer.model, turns[cut - 1]["content"])
+                    torch.testing.assert_close(scores[0, -1], expected, atol=1e-5, rtol=0)
+
+
+def test_sft_without_markers_takes_the_whole_conversation(tmp_path):
+    data = [{"messages": turns} for turns in _conversations()]
+    model = get_peft_model(make_llama(vocab_size=400), TRexConfig(**SETTINGS, chat_markers=False))
+    trainer = _trainer("SFT", tmp_path, data, model, assistant_only_loss=True, max_steps=1, tokenizer=TOKENIZER)
+    with pytest.warns(UserWarning, match="Some rows hold several answers"):
+        trainer.train()
+    assert trainer.model.peft_config["default"].chat_markers is False
+
+
+def test_dpo_of_chats(tmp_path):
+    """TRL has made a copy of the adapter, as the reference, before its prior is fitted."""
+    data = []
+    for turns in _conversations():
+        data.append({"prompt": turns[:-1], "chosen": turns[-1:], "rejected": [_turn("assistant", "no, no")]})
+    trainer = _trainer("DPO", tmp_path, data, _chat_model(), max_steps=2, tokenizer=TOKENIZER)
+    seen = _watch_rows(trainer.model)
+    trainer.train()
+    # Both rows of a pair hold both messages.
+    _check_chat_fit(trainer, USERS)
+    assert trainer.model.peft_config["ref"].chat_markers == chat_markers(TOKENIZER)
+    torch.testing.assert_close(_prior(trainer.model, "ref").centroids, _prior(trainer.model).centroids)
+    assert _logged(trainer)[0] == pytest.approx(math.log(2), abs=1e-3)
+    assert sum(_check_turns(trainer.model, *row) for ids, scores in seen for row in zip(ids, scores, strict=True)) > 16
+
+
+def test_grpo_of_chats(tmp_path):
+    data = [{"prompt": turns[:-1]} for turns in _conversations()]
+    settings = {"max_completion_length": 4, "num_generations": 2, "max_steps": 2, "tokenizer": TOKENIZER}
+    reward = {"reward_funcs": lambda completions, **_: [float(len(str(each))) for each in completions]}
+    trainer = _trainer("GRPO", tmp_path, data, _chat_model(), **settings, **reward)
+    seen = _watch_rows(trainer.model)
+    trainer.train()
+    _check_chat_fit(trainer, USERS)
+    expected = torch.stack([_scores_of(trainer.model, message) for message in USERS[1::2]])
+    lengths = [ids.shape[1] for ids, _ in seen]
+    assert 1 in lengths and max(lengths) > 40
+    for _, scores in seen:
+        # The last message is that of the second turn.
+        assert (scores[:, -1:] - expected[None]).abs().amax(-1).amin(1).max() < 1e-5
 
 
 def test_completion_only_loss_off_counts_the_whole_row(tmp_path):
@@ -300,11 +447,59 @@ def test_a_reward_model_takes_the_whole_row_as_its_prompt(tmp_path):
     _check_fit(model, [[*prompt, *ending, 2] for prompt, ending in answers])
 
 
-def test_wrapped_packing_is_one_prompt_a_row(tmp_path):
+def test_wrapped_packing_is_one_conversation_a_row(tmp_path):
     """It cuts rows anywhere and says nothing of where a sequence begins."""
     data = [{"prompt": text(prompt), "completion": " " + text(answer)} for prompt, answer in pairs()]
     mode = {"packing": True, "packing_strategy": "wrapped", "max_length": 20, "max_steps": 1}
     trainer = _trainer("SFT", tmp_path, data, adapted(), **mode)
     seen = _watch(trainer.model)
-    trainer.train()
-    assert {tuple(scores.shape) for _, scores in seen} == {(4, 4)}
+    with pytest.warns(UserWarning, match="Some rows hold several answers"):
+        trainer.train()
+    for _, scores in seen:
+        assert scores.shape == (4, 20, 4)
+        # Each answer has the prior of all that stands before it in the row.
+        assert all(len(row.unique(dim=0)) > 1 for row in scores)
+
+
+UNUSED = "balance_loss_coef and router_z_loss_coef have no effect"
+
+
+def _unused(kind, folder, trainer_class=None, **kwargs):
+    """Trains one step with router losses: the adapter afterwards, and whether their having no effect was said."""
+    data = {
+        "SFT": lambda: [{"prompt": text(prompt), "completion": " " + text(answer)} for prompt, answer in pairs()],
+        "DPO": _preferences,
+        "GRPO": lambda: [{"prompt": text(prompt)} for prompt, _ in pairs()],
+    }[kind]()
+    if kind == "GRPO":
+        kwargs["reward_funcs"] = lambda completions, **_: [float(len(completion)) for completion in completions]
+        kwargs.update(max_completion_length=4, num_generations=2)
+    model = adapted(balance_loss_coef=10.0)
+    trainer = _trainer(kind, folder, data, model, max_steps=1, **kwargs)
+    if trainer_class is not None:
+        trainer.__class__ = trainer_class
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    routers = {name: p.detach().clone() for name, p in model.named_parameters() if "trex_router" in name}
+    return routers, [str(warning.message) for warning in caught if UNUSED in str(warning.message)]
+
+
+@pytest.mark.parametrize("kind", ["SFT", "DPO", "GRPO"])
+def test_router_losses_that_a_trainer_passes_by_are_said_in_its_first_step(tmp_path, kind):
+    _, said = _unused(kind, tmp_path)
+    assert len(said) == 1 and f"Add the output's `{LOSS}`" in said[0]
+
+
+def test_router_losses_reach_sft_by_the_advice(tmp_path):
+    class Adding(trl.SFTTrainer):
+        def compute_loss(self, model, *args, **kwargs):
+            outputs = []
+            hook = model.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+            loss = super().compute_loss(model, *args, **kwargs)
+            hook.remove()
+            return loss + getattr(outputs[0], LOSS)
+
+    (without, _), (routers, said) = _unused("SFT", tmp_path), _unused("SFT", tmp_path, Adding)
+    assert not said
+    assert any((routers[name] - without[name]).abs().max() > 1e-4 for name in routers)

@@ -14,7 +14,7 @@ import torch
 from conftest import PAD, VOCAB, adapted, pad_to
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pythons import PYTHONS
+from pythons import OLDER_PYTHONS, PYTHONS
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
 
@@ -23,6 +23,7 @@ from peft_trex.lora.semantic_router import Route, SemanticRouter
 from peft_trex.prior.inputs import Inputs
 
 DIM = 5
+EVERY_PYTHON = {**OLDER_PYTHONS, **PYTHONS}
 
 
 def write(folder, settings, tensors):
@@ -307,6 +308,14 @@ def described_by(**changes):
     return change
 
 
+MARKERS = {"before": [1, 2], "after": [5], "assistant": [0]}
+
+
+def chatting(**changes):
+    """A folder with chat markers, but for these changes."""
+    return described_by(**{"version": 2, "chat_markers": MARKERS, "prior_scope": "answer", **changes})
+
+
 TENSORS = {
     "centroids": np.eye(2, 3, dtype=np.float32),
     "mean": np.ones(3, np.float32),
@@ -351,8 +360,35 @@ JSON, SAFE = "router.json", "router.safetensors"
         (put(JSON, b"\xff\xfe\x00"), ValueError, "router.json is damaged"),
         (put(JSON, b"[]"), ValueError, "a list at the top; expected an object"),
         *(
-            (described_by(version=wrong), ValueError, f"version {told}; expected version 1, .* the copy of")
-            for wrong, told in ((2, "2"), (True, "True"), ("1", "'1'"), ("gone", "None"))
+            (described_by(version=wrong), ValueError, f"version {told}; expected version 1 or 2, .* the copy of")
+            for wrong, told in ((3, "3"), (True, "True"), ("1", "'1'"), ("gone", "None"))
+        ),
+        (described_by(prior_scope="all"), ValueError, r"prior_scope='all'; expected one of \('prompt', 'answer'\)"),
+        (described_by(prior_scope=None), ValueError, "prior_scope=None; expected one of"),
+        (described_by(chat_markers=MARKERS), ValueError, "version 1 with chat_markers=.*; expected them in version 2"),
+        (chatting(prior_scope="gone"), ValueError, "prior_scope=None; expected one of"),
+        (chatting(prior_scope=["prompt"]), ValueError, r"prior_scope=\['prompt'\]; expected one of"),
+        *(
+            (chatting(chat_markers=wrong), ValueError, "chat_markers=.*; expected .* token ids before, after, assist")
+            for wrong in ("gone", None, False, [], {}, [1], "user", {**MARKERS, "system": [1]}, {"before": [1]})
+        ),
+        *(
+            (chatting(chat_markers={**MARKERS, name: wrong}), ValueError, "chat_markers=.*; expected .* token ids")
+            for name in MARKERS
+            for wrong in (None, 3, "3", {"3": 1}, [-1], [1.0], ["1"], [True], [None], [[1]])
+        ),
+        *(
+            (chatting(chat_markers={**MARKERS, name: []}), ValueError, "only the last may be empty")
+            for name in ("before", "after")
+        ),
+        *(
+            (
+                chatting(chat_markers={**MARKERS, name: [1, wrong]}),
+                ValueError,
+                f"{JSON} has the token id {wrong} in ch",
+            )
+            for name in MARKERS
+            for wrong in (6, 2**70)
         ),
         (described_by(prior_encoder="bert"), ValueError, "prior_encoder='bert'; expected one of .*'input_embeddings'"),
         (described_by(adapters="gone"), ValueError, "adapters=None; expected an object"),
@@ -403,6 +439,23 @@ def test_folders_that_are_refused(tmp_path, damage, error, message):
     assert str(folder) in str(caught.value) and "peft_trex" in str(caught.value)
 
 
+@pytest.mark.parametrize("markers", [MARKERS, {**MARKERS, "assistant": []}])
+@pytest.mark.parametrize("encoder", ["input_embeddings", "external"])
+def test_folders_with_markers(tmp_path, encoder, markers):
+    tensors = {name: TENSORS[name] for name in TENSORS if encoder == "input_embeddings" or name != "token_scores"}
+    folder = write(tmp_path / "out", described(2, encoder), tensors)
+    chatting(chat_markers=markers)(folder)
+    router = SemanticRouter.from_pretrained(folder)
+    assert router.chat_markers == markers and router.prior_scope == "answer"
+    # Without a table of tokens nothing says how many there are, and nothing asks for the markers.
+    chatting(chat_markers={**markers, "before": [2**70]})(folder)
+    if encoder == "external":
+        assert SemanticRouter.from_pretrained(folder).route(embedding=[1, 2, 3]).cluster == 1
+    else:
+        with pytest.raises(ValueError, match="token id"):
+            SemanticRouter.from_pretrained(folder)
+
+
 # Runs where there is neither torch nor PEFT, on any Python: the file that lies in the folder, loaded by its path.
 LONE = """
 import importlib.util, json, sys
@@ -434,23 +487,31 @@ print(json.dumps({"python": sys.version_info[:2], "loaded": loaded, "routes": ro
 """
 
 
-def run_lone_file(python, folder, model):
-    """Routes of the lone file in an interpreter of its own, and those of the model."""
+def run_lone_file(python, folder, model, chat):
+    """Have the lone file route as the model does in an interpreter of its own, which is returned."""
     export(model, folder)
     prompts = [ids.tolist() for ids in random_prompts(60)]
-    (folder / "prompts.json").write_text(json.dumps([[], *prompts]))
+    expected = [Route(None, "overall"), *(model_route(model, input_ids=torch.tensor([ids]))[0] for ids in prompts)]
+    prompts = [[], *prompts]
+    if chat:
+        # The same prompts as a chat's last messages; no message holds a marker as long as these.
+        before, after, header = [1, 2, 3], [5, 4, 3], [0]
+        chatting(chat_markers={"before": before, "after": after, "assistant": header})(folder)
+        former = [7, 8, *before, 9, *after, *header, 10]
+        prompts = [[*former, *before, *ids, *after, *header] for ids in prompts]
+    (folder / "prompts.json").write_text(json.dumps(prompts))
     command = [str(python), "-c", LONE, str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
     assert result.returncode == 0, result.stderr
     told = json.loads(result.stdout)
     assert told["loaded"] == []
-    expected = [Route(None, "overall"), *(model_route(model, input_ids=torch.tensor([ids]))[0] for ids in prompts)]
     assert [Route(*route) for route in told["routes"]] == expected
     return tuple(told["python"])
 
 
-def test_the_lone_file_loads_neither_torch_nor_peft(tmp_path, tokens):
-    assert run_lone_file(sys.executable, tmp_path / "out", tokens[0]) == sys.version_info[:2]
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_lone_file_loads_neither_torch_nor_peft(tmp_path, tokens, chat):
+    assert run_lone_file(sys.executable, tmp_path / "out", tokens[0], chat) == sys.version_info[:2]
 
 
 @pytest.fixture(scope="module")
@@ -462,7 +523,7 @@ def bare_python(tmp_path_factory):
         folder = tmp_path_factory.mktemp("venv")
         python = folder / "bin" / "python"
         for command in (
-            [PYTHONS[version], "-m", "venv", folder],
+            [EVERY_PYTHON[version], "-m", "venv", folder],
             [python, "-m", "pip", "install", "--quiet", "--only-binary=:all:", "numpy", "safetensors"],
         ):
             made = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -476,9 +537,10 @@ def bare_python(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", sorted(PYTHONS))
-def test_the_lone_file_on_every_python(tmp_path, tokens, version, bare_python):
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("version", sorted(EVERY_PYTHON))
+def test_the_lone_file_on_every_python(tmp_path, tokens, version, chat, bare_python):
     python, why = bare_python(version)
     if python is None:
         pytest.skip(f"numpy and safetensors are not to be had for Python {version}: {why}")
-    assert str(run_lone_file(python, tmp_path / "out", tokens[0])) == version
+    assert str(run_lone_file(python, tmp_path / "out", tokens[0], chat)) == version

@@ -46,9 +46,11 @@ REPLACED: dict[str, list[tuple[str, Any]]] = {
 }
 
 # name, model of PEFT's test file, arguments of TRexConfig. No name may be a part of another.
+# These models have no prior. Their inputs and learning rate are so large that three steps may close the output's gate
+# for good, from one start or another; from the paper's, they do not close it in the rows that ask for it here.
 ROWS: list[tuple[str, str, dict[str, Any]]] = [
-    ("Vanilla MLP 1 TRex", "MLP", {"target_modules": "lin0"}),
-    ("Vanilla MLP 2 TRex", "MLP", {"target_modules": ["lin0"]}),
+    ("Vanilla MLP 1 TRex", "MLP", {"target_modules": "lin0", "init_weights": "zero_router"}),
+    ("Vanilla MLP 2 TRex", "MLP", {"target_modules": ["lin0"], "init_weights": "zero_router"}),
     ("Vanilla MLP 3 TRex", "MLP", {"target_modules": ["lin1"]}),
     ("Vanilla MLP 4 TRex", "MLP", {"target_modules": ["lin0", "lin1"]}),
     ("Vanilla MLP 5 TRex", "MLP", {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
@@ -64,7 +66,7 @@ ROWS: list[tuple[str, str, dict[str, Any]]] = [
     ),
     ("Vanilla MLP 8 TRex", "MLP", {"target_modules": ["lin0"], "use_router": False}),
     ("Vanilla MLP 9 TRex", "MLP", {"target_modules": ["lin0", "lin1"], "use_prior": False}),
-    ("Vanilla MLP 10 TRex", "MLP", {"target_modules": ["lin0"], "trex_dropout": 0.1}),
+    ("Vanilla MLP 10 TRex", "MLP", {"target_modules": ["lin0"], "trex_dropout": 0.1, "init_weights": "zero_router"}),
     # a single expert has the weight 1 whatever the input, so that what merging adds is what the adapter adds
     ("Vanilla MLP 11 TRex", "MLP", {"target_modules": ["lin0", "lin1"], "r_a": 1, "r_b": 1, "num_clusters": 1}),
     ("Embedding + transformers Conv1D 1 TRex", "EmbConv1D", {"target_modules": ["conv1d"]}),

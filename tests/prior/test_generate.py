@@ -200,7 +200,7 @@ def test_a_failed_forward_leaves_no_prior_behind():
     with pytest.raises(Exception, match=r".*"):
         model.generate(input_ids=prompts(2), max_new_tokens=-1)
     running = model.base_model.prompts.channel.running
-    assert running.state is None and running.owner is None and running.generation is None
+    assert running.state is None and running.frame is None and running.generation is None
     model(input_ids=prompts(3))
 
 

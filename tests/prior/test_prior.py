@@ -186,9 +186,14 @@ def test_continuous_batching_is_refused():
 def test_the_prompt_ends_where_prediction_begins():
     ids = torch.arange(1, 9)[None]
     labels = torch.tensor([[-100, -100, 3, 4, -100, -100, 7, -100]])
-    assert find_prompts(ids, None, labels).mask.tolist() == [[True] * 2 + [False] * 6]
+    found = find_prompts(ids, None, labels)
+    assert found.mask[0].tolist() == [True, True, False, False, True, True, False, False]
+    # The second answer is predicted from all that stands before it.
+    assert found.lengths.tolist() == [2, 6]
+    assert found.index[0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert found.answers[0].tolist() == [False, True, True, True, False, True, True, True]
     mask = (ids > 1).long()
-    assert find_prompts(ids, mask, labels).mask.tolist() == [[False, True] + [False] * 6]
+    assert find_prompts(ids, mask, labels).mask[0].tolist() == [False, True, False, False, True, True, False, False]
 
 
 def test_where_packed_sequences_begin():
@@ -223,7 +228,7 @@ def test_packed_rows_with_padding_on_the_left():
 def test_a_layer_finds_its_rows_of_a_packed_prior():
     scores = torch.randn(2, 3, 4)
     channel = PriorChannel(torch.nn.ModuleDict())
-    with_prior = partial(channel.run, ForwardState({"a": scores}, 2, frozenset({3})), channel.scores, "a")
+    with_prior = partial(channel.run, ForwardState({"a": scores}, 2, (3,)), channel.scores, "a")
     assert with_prior(torch.zeros(2, 3, 5)).equal(scores)
     assert with_prior(torch.zeros(6, 5)).equal(scores.reshape(6, 4))
     for shape in ((2, 5), (3, 5), (2, 1, 5), (3, 2, 5), (2, 3, 1, 5)):
@@ -538,8 +543,8 @@ def test_t5_prior_is_the_encoders_prompt():
 def test_a_look_that_waits_for_the_device_is_ever_more_seldom():
     scorer = adapted().base_model.prompts.scorer
     there, elsewhere = torch.tensor(True), torch.ones((), dtype=torch.bool, device="meta")
-    assert all(scorer._may_look(there) for _ in range(5))
-    looks = [number for number in range(1, 70) if scorer._may_look(elsewhere)]
+    assert all(scorer._may_look("a", there) for _ in range(5))
+    looks = [number for number in range(1, 70) if scorer._may_look("a", elsewhere)]
     assert looks == [1, 2, 4, 8, 16, 32, 64]
 
 

@@ -340,8 +340,8 @@ def test_what_is_not_computed_is_not_warned_of():
     """Neither a cache of unknown origin nor a training without labels matters to a prior that is set."""
     model = adapted()
     with torch.no_grad():
-        cache = model(**_batch())[CACHE]
-        del cache._trex_prior
+        cache = model(**_batch(), semantic_prior=1)[CACHE]
+        del cache._trex_history
         mask = torch.cat([_batch()["attention_mask"], torch.ones(3, 1, dtype=torch.long)], 1)
         model(input_ids=torch.full((3, 1), 7), attention_mask=mask, **{CACHE: cache}, semantic_prior=1)
     model.train()(**_batch(), semantic_prior=1)

@@ -129,8 +129,9 @@ class _Recorder(Attended):
         rows = count = inputs.rows
         self.labels, self.numbers, packed = labels, torch.arange(rows), ""
         prompts = inputs.packed_prompts(rows)
-        if prompts is not None and prompts.index is not None:
-            self.numbers, count, packed = prompts.index, prompts.count, f" that pack {prompts.count} sequences"
+        if prompts is not None and prompts.sequence is not None:
+            count = prompts.sequences
+            self.numbers, packed = prompts.sequence, f" that pack {count} sequences"
         if labels is None or len(labels) == count:
             return
         if len(labels) != rows:

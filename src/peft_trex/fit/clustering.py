@@ -29,12 +29,15 @@ class TRexPriorReport:
         explained_variance: share, in [0, 1], of the sampled embeddings' variance that lies between the clusters; the
             embeddings centred, whitened if the adapter does so, and normalised.
         sampled: number of prompts that were clustered: all, or as many as memory is kept for.
+        chat_markers: the markers that told the users' messages, those of the configuration or of the tokenizer's chat
+            template; None where none did.
     """
 
     prompts: int
     cluster_sizes: tuple[int, ...]
     explained_variance: float
     sampled: int
+    chat_markers: dict[str, list[int]] | None = None
 
 
 def cluster(

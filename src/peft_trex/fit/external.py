@@ -183,6 +183,22 @@ def as_array(values: Any) -> np.ndarray:
         return np.asarray(values, np.float32)
 
 
+def as_mapping(batch: Any, tokenizer: Any) -> Mapping[str, Any]:
+    """A batch of data as a mapping; rows with a `prompt` are tokenised.
+
+    Raises:
+        TypeError: for anything else, or such rows without a tokenizer.
+    """
+    if isinstance(batch, list) and tokenizer is not None and batch and "prompt" in batch[0]:
+        return tokenize_prompts(batch, tokenizer)
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"The dataloader gave a {type(batch).__name__}; expected a mapping such as {{'input_ids': ...}}, "
+            "or a list of rows with a 'prompt', and a tokenizer."
+        )
+    return batch
+
+
 def tokenize_prompts(rows: Sequence[Any], tokenizer: Any) -> dict[str, Tensor]:
     """Rows with a `prompt`, a text or messages, as a batch: what TRL's online trainers make of the rows they get."""
     prompts = [row["prompt"] for row in rows]
@@ -221,6 +237,10 @@ def _batch_prompts(batch: Mapping[str, Any], task_type: str) -> list[Tensor]:
     inputs = Inputs.of(batch)
     inputs.check_packing()
     prompts = inputs.prompts(causal=task_type == "CAUSAL_LM")
-    mask, index = prompts.mask, prompts.index
-    lengths = mask.sum(1) if index is None else torch.bincount(index[mask], minlength=prompts.count)
-    return list(batch["input_ids"][mask].split(lengths.tolist()))
+    ids = batch["input_ids"]
+    mask, rows = prompts.mask, torch.arange(len(ids), device=ids.device)[:, None].expand(ids.shape)
+    # A sequence has one embedding, that of its first prompt.
+    if prompts.earlier is not None and prompts.first is not None and prompts.index is not None:
+        mask = mask & (prompts.index == prompts.first[prompts.index])
+    sequences = rows if prompts.sequence is None else prompts.sequence
+    return list(ids[mask].split(torch.bincount(sequences[mask], minlength=prompts.sequences).tolist()))

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass
+from copy import copy
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,13 +19,16 @@ from transformers import TrainerCallback
 from ..config import TRexConfig
 from ..data_pass import Data, check_count
 from ..layer import TRexLayer
-from ..model import TRexModel, find_tuner
+from ..model import REFERENCE, TRexModel, find_tuner
+from ..prior.chat import ChatMarkers
 from ..prior.inputs import EMBEDS, Inputs
 from ..prior.semantic_prior import SemanticPrior
 from .clustering import TRexPriorReport, cluster
-from .external import as_array, tokenize_prompts
+from .external import as_array, as_mapping
+from .messages import Counts, MarkerSearch, report_markers, search_template
 from .ranks import Ranks
 from .reservoir import PART, Reservoir
+from .stream import Stream, is_stream
 
 GIVE_EMBEDDINGS = "embeddings=, of shape (N, prior_dim)"
 # So many bytes of embeddings are held and clustered, but at least so many prompts for each cluster.
@@ -52,6 +56,12 @@ def initialize_trex_prior(
     The embeddings are centred by their mean, whitened where the adapter has `prior_whitening`, normalised, and
     clustered with k-means. What comes out is stored with the adapter, all at once when all is done.
 
+    With a tokenizer that has a chat template, the adapter's `chat_markers` are found too, unless its configuration has
+    some or says False: if more than half of the first rows hold a user's message between the template's markers, each
+    such message alone is a prompt, in the fit and from then on. The markers are then kept in the adapter's
+    configuration, which is saved with it, and stand in the report; the logger of this package says so at the level
+    INFO. If the template has no markers that would do, a logged warning gives the reason, and the fit goes on without.
+
     Memory does not grow with the data: the mean is that of all prompts, and the rest comes from a uniform sample of at
     most 256 MB (62,500 prompts at width 1024), or of 256 prompts for each cluster where that is more.
 
@@ -72,7 +82,8 @@ def initialize_trex_prior(
             `prior_encoder="external"` and `prior_dim=d`: a tensor, an array (memory-mapped too) or a data set's
             column, read in chunks. A dataloader does as well if its batches have `semantic_embeds`, as
             [`SemanticEmbedsCollator`] adds them.
-        tokenizer: for a dataloader whose batches are rows with a `prompt`, as those of TRL's GRPOTrainer.
+        tokenizer: the one (or the processor) that made the prompts, for its chat template. Batches that are rows with
+            a `prompt`, as those of TRL's GRPOTrainer, are tokenised with it.
 
     Raises:
         ValueError, TypeError: if there is no such adapter, it has no prior, the data do not fit its encoder, hold NaN,
@@ -91,11 +102,19 @@ def initialize_trex_prior(
             encoder = f"prior_encoder={config.prior_encoder!r}"
             raise ValueError(f"The adapter {adapter_name!r} has {encoder}; give {wanted}.")
 
+        markers, remark = search_template(tuner, config, tokenizer, ranks)
+        search = MarkerSearch(markers, tokenizer)
+
         def embed(number: int, batch: Any) -> np.ndarray:
             if dataloader is None:
                 rows, place = batch, f"the {PART} rows from {PART * number} on"
             else:
-                rows, place = _embed_batch(tuner, prior.dim, external, batch, tokenizer), f"batch {number}"
+                batch = as_mapping(batch, tokenizer)
+                place = f"batch {number}"
+                if external:
+                    rows = _external_rows(batch, prior.dim)
+                else:
+                    rows = _embed_batch(tuner, adapter_name, prior.dim, batch, search.markers)
             # The rows of a batch that have no prompt are zero.
             rows = rows[rows.any(1)] if external else rows
             bad = int((~np.isfinite(rows)).any(1).sum())
@@ -107,15 +126,25 @@ def initialize_trex_prior(
             return rows
 
         if dataloader is None:
-            data = Data(_chunks(embeddings, prior.dim))
+            data = Data(_chunks(embeddings, prior.dim, least=1))
         else:
             data = Data(dataloader, max_batches, "T-REX prior" if progress and ranks.rank == 0 else None)
         whole = nullcontext() if external else tuner.prompts.scorer.whole_embedding()
         with whole, data.read() as batches:
-            fit, report = _sample_and_cluster(batches, embed, prior, ranks, seed)
-        prior.set(**fit)
+            fit, report = _sample_and_cluster(batches, embed, search, prior, ranks, seed)
+        names = [adapter_name, *_unfitted_copy(tuner, adapter_name)]
+        for fitted in filter(None, map(tuner.prior_of, names)):
+            fitted.set(**fit)
         tuner.forget_static(adapter_name)
-    return report
+        if search.markers is not None:
+            # The user's own object may serve another model too, so a copy takes its place.
+            config = copy(config)
+            config.chat_markers = search.markers.as_value()
+            tuner.peft_config.update(dict.fromkeys(names, config))
+            if ranks.rank == 0:
+                report_markers(adapter_name, remark)
+    used = ChatMarkers.of(config.chat_markers)
+    return replace(report, chat_markers=used and used.as_value())
 
 
 @dataclass(eq=False)
@@ -124,7 +153,17 @@ class TRexPriorCallback(TrainerCallback):
 
     An adapter whose prior is fitted already keeps it, and a resumed training fits nothing. In a distributed training
     each process reads its share of the data. The arguments, and what is needed of the data, are those of
-    [`initialize_trex_prior`].
+    [`initialize_trex_prior`], which gets the Trainer's `processing_class` as its tokenizer.
+
+    Of a stream (an `IterableDataset`, or a data loader without a length) at most as many batches are read as the
+    training will take. The training then reads it again from its beginning, so a stream must begin anew each time
+    that it is iterated.
+
+    Raises:
+        ValueError: at the start of the training, if a stream gives nothing more after the fit.
+
+    Warns:
+        UserWarning: if a stream gives other rows after the fit than before it.
     """
 
     max_batches: int | None = None
@@ -140,11 +179,19 @@ class TRexPriorCallback(TrainerCallback):
         if model is None or train_dataloader is None:
             raise ValueError("TRexPriorCallback needs the Trainer's model and train_dataloader.")
         tuner = find_tuner(model)
-        for name in tuner.active_adapters:
-            prior = tuner.prior_of(name)
-            if prior is not None and not prior.fitted:
-                tokenizer = kwargs.get("processing_class")
-                initialize_trex_prior(tuner, train_dataloader, adapter_name=name, tokenizer=tokenizer, **asdict(self))
+        priors = {name: tuner.prior_of(name) for name in tuner.active_adapters}
+        names = [name for name, prior in priors.items() if prior is not None and not prior.fitted]
+        if not names:
+            return
+        options = asdict(self)
+        stream = Stream(train_dataloader) if is_stream(train_dataloader) else None
+        if stream is not None and self.max_batches is None:
+            options["max_batches"] = state.max_steps * args.gradient_accumulation_steps
+        tokenizer = kwargs.get("processing_class")
+        for name in names:
+            initialize_trex_prior(tuner, stream or train_dataloader, adapter_name=name, tokenizer=tokenizer, **options)
+        if stream is not None:
+            stream.check_begins_anew()
 
 
 def _find_prior(model: nn.Module, adapter_name: str) -> tuple[TRexModel, TRexConfig, SemanticPrior]:
@@ -160,9 +207,23 @@ def _find_prior(model: nn.Module, adapter_name: str) -> tuple[TRexModel, TRexCon
     return tuner, config, prior
 
 
-def _chunks(embeddings: Any, dim: int) -> Iterator[np.ndarray]:
-    """Embeddings (N, d) in chunks (n, d), float32, because a data set's column makes an object of every number."""
-    length = (getattr(embeddings, "shape", None) or [len(embeddings)])[0]
+def _unfitted_copy(tuner: TRexModel, adapter_name: str) -> list[str]:
+    """The name of the copy that TRL has made of an adapter as its reference, if that has no prior yet."""
+    config, reference = tuner.config_of(adapter_name), tuner.prior_of(REFERENCE)
+    shared = adapter_name != REFERENCE and tuner.peft_config.get(REFERENCE) is config
+    return [REFERENCE] if shared and reference is not None and not reference.fitted else []
+
+
+def _chunks(embeddings: Any, dim: int, least: int = 0) -> Iterator[np.ndarray]:
+    """Embeddings (N, d), N at least `least`, in chunks (n, d), float32.
+
+    They are not read at once, because a data set's column makes an object of every number.
+    """
+    wanted = f"expected (N, prior_dim) with prior_dim={dim}"
+    shape = getattr(embeddings, "shape", None)
+    if shape is not None and (len(shape) != 2 or shape[0] < least or shape[1] != dim):
+        raise ValueError(f"embeddings has shape {tuple(shape)}; {wanted}.")
+    length = len(embeddings) if shape is None else shape[0]
     # Empty embeddings are one chunk, whose shape is checked too.
     for start in range(0, max(length, 1), PART):
         try:
@@ -176,28 +237,25 @@ def _chunks(embeddings: Any, dim: int) -> Iterator[np.ndarray]:
                 "array, a list or a data set's column."
             ) from error
         if chunk.ndim != 2 or chunk.shape[1] != dim:
-            shape = (length, *chunk.shape[1:])
-            raise ValueError(f"embeddings has shape {shape}; expected (N, prior_dim) with prior_dim={dim}.")
+            raise ValueError(f"embeddings has shape {(length, *chunk.shape[1:])}; {wanted}.")
         yield chunk
 
 
-def _embed_batch(tuner: TRexModel, dim: int, external: bool, batch: Any, tokenizer: Any) -> np.ndarray:
-    """Embeddings (n, d), float32, of a batch's prompts that have any token; external ones as the batch holds them."""
-    if isinstance(batch, list) and tokenizer is not None and "prompt" in batch[0]:
-        batch = tokenize_prompts(batch, tokenizer)
-    if not isinstance(batch, Mapping):
-        raise TypeError(
-            f"The dataloader gave a {type(batch).__name__}; expected a mapping such as {{'input_ids': ...}}, "
-            "or a list of rows with a 'prompt', and a tokenizer."
+def _external_rows(batch: Mapping[str, Any], dim: int) -> np.ndarray:
+    """Embeddings (n, d), float32, as a batch holds them."""
+    if EMBEDS not in batch:
+        raise ValueError(
+            f"The adapter has prior_encoder='external', but a batch has no {EMBEDS} (only {sorted(batch)}); give "
+            f"{GIVE_EMBEDDINGS}, and no dataloader, or wrap the collator in a SemanticEmbedsCollator."
         )
-    if external:
-        if EMBEDS not in batch:
-            raise ValueError(
-                f"The adapter has prior_encoder='external', but a batch has no {EMBEDS} (only {sorted(batch)}); give "
-                f"{GIVE_EMBEDDINGS}, and no dataloader, or wrap the collator in a SemanticEmbedsCollator."
-            )
-        return np.concatenate(list(_chunks(batch[EMBEDS], dim)))
-    means, prompts = tuner.prompts.scorer.embed(Inputs.of(batch))
+    return np.concatenate(list(_chunks(batch[EMBEDS], dim)))
+
+
+def _embed_batch(
+    tuner: TRexModel, adapter_name: str, dim: int, batch: Mapping[str, Any], markers: ChatMarkers | None
+) -> np.ndarray:
+    """Embeddings (n, d), float32, of a batch's prompts that have any token."""
+    means, prompts = tuner.prompts.scorer.embed(Inputs.of(batch), adapter_name, markers)
     if means.shape[1] != dim:
         raise ValueError(
             f"The prompts' embeddings in a batch have width {means.shape[1]}; expected {dim}, that of the model's."
@@ -206,18 +264,37 @@ def _embed_batch(tuner: TRexModel, dim: int, external: bool, batch: Any, tokeniz
 
 
 def _sample_and_cluster(
-    batches: Iterable[Any], embed: Callable[[int, Any], np.ndarray], prior: SemanticPrior, ranks: Ranks, seed: int
+    batches: Iterable[Any],
+    embed: Callable[[int, Any], np.ndarray],
+    search: MarkerSearch,
+    prior: SemanticPrior,
+    ranks: Ranks,
+    seed: int,
 ) -> tuple[dict[str, Any], TRexPriorReport]:
     """Read all batches into a sample and cluster it, together with the other ranks."""
     capacity = max(SAMPLE_BYTES // (4 * prior.dim), SAMPLE_PER_CLUSTER * len(prior.centroids))
     reservoir = Reservoir(capacity, prior.dim, (seed, ranks.rank))
-    for count, ended, error in _read(batches, lambda *batch: reservoir.add(embed(*batch)), ranks.size == 1):
-        progress = ranks.exchange(Progress(count, ended, reservoir.seen), error)
-        if all(rank.ended for rank in progress):
+
+    def take(number: int, batch: Any) -> None:
+        if search.settled:
+            reservoir.add(embed(number, batch))
+        else:
+            search.hold(number, batch)
+
+    def take_held() -> None:
+        for number, batch in search.release():
+            take(number, batch)
+
+    for count, ended, error in _read(batches, take, ranks.size == 1):
+        progress = ranks.exchange(Progress(count, ended, search.counts), error)
+        all_ended = all(rank.ended for rank in progress)
+        if not search.settled and search.settle([rank.counts for rank in progress], all_ended):
+            ranks.together(take_held)
+        if all_ended:
             break
     if not any(rank.batches for rank in progress):
         raise ValueError("The dataloader gave no batch; the prior needs the training prompts.")
-    seen = [rank.prompts for rank in progress]
+    seen = ranks.exchange(reservoir.seen)
     sample: Any = ranks.gather(reservoir, seen, capacity)
     # Only rank 0 has the sample, and only there it is clustered.
     return ranks.from_first(lambda: cluster(*sample, prior=prior, prompts=sum(seen), seed=seed))
@@ -228,7 +305,7 @@ class Progress(NamedTuple):
 
     batches: int
     ended: bool
-    prompts: int
+    counts: Counts
 
 
 def _read(

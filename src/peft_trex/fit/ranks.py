@@ -66,6 +66,20 @@ class Ranks:
                 raise RuntimeError(f"Rank {rank} failed, so no rank went on. There: {problem}")
         return [each for each, _ in entries]
 
+    def agree(self, value: T | None) -> T | None:
+        """The value that all ranks bring; None if they bring different ones."""
+        values = self.exchange(value)
+        return value if all(each == values[0] for each in values) else None
+
+    def together(self, work: Callable[[], None]) -> None:
+        """Do this on all ranks; if it raises on one, all raise."""
+        error = None
+        try:
+            work()
+        except Exception as problem:
+            error = problem
+        self.exchange(None, error)
+
     def from_first(self, make: Callable[[], T]) -> T:
         """What `make` returns on rank 0, once it has arrived on all ranks; if it raises there, all raise."""
         made: list[Any] = [None]

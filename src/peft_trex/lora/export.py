@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..layer import APPROXIMATE, TRexLayer
 from ..model import TRexModel, find_peft_model, find_tuner
-from ..prior.inputs import Inputs
+from ..prior.chat import ChatMarkers
 from . import semantic_router
 from .reader import DOWN, PREFIX, UP
 
@@ -50,12 +50,13 @@ def save_trex_as_lora(
         adapter_name: the adapter.
         per_cluster: also save `cluster_00`, `cluster_01`, ..., one adapter for each cluster of prompts, and what
             chooses between them: `router.json`, `router.safetensors`, and a copy of the module of [`SemanticRouter`].
+            They hold the adapter's chat markers, so that the router pools the tokens that the model does.
         save_embedding_layers: as in PEFT's `save_pretrained`, with each LoRA; "auto" saves resized ones.
 
     Raises:
         FileExistsError: if there is something at `path` already.
         ValueError: if there is no such adapter, `per_cluster` was not calibrated, the adapter trains biases, another
-            method's adapter is in the model, or weights are not finite.
+            method's adapter is in the model, weights are not finite, or chat markers are not in the vocabulary.
     """
     tuner = find_tuner(model)
     config, layers = tuner.config_of(adapter_name), tuner.layers_of(adapter_name)
@@ -109,6 +110,20 @@ def _check_exportable(tuner: TRexModel, adapter_name: str, per_cluster: bool) ->
             f"The adapter {adapter_name!r} has no static weights for each cluster; call calibrate_trex_merge(model, "
             "dataloader, per_cluster=True) first, or set per_cluster=False."
         )
+    markers, embedding = _pooling_markers(tuner, adapter_name), tuner.input_embedding()
+    if per_cluster and markers is not None and embedding is not None:
+        highest, vocabulary = max(token for ids in markers for token in ids), embedding.num_embeddings
+        if highest >= vocabulary:
+            raise ValueError(
+                f"The chat_markers of the adapter {adapter_name!r} hold the token id {highest}, but the model has "
+                f"{vocabulary} tokens; set those of its tokenizer, peft_trex.chat_markers(tokenizer)."
+            )
+
+
+def _pooling_markers(tuner: TRexModel, adapter_name: str) -> ChatMarkers | None:
+    """The chat markers by which the model pools prompts; only causal language models do that."""
+    adapters = tuner.prompts.adapters
+    return adapters.markers_of(adapter_name) if adapters.is_causal() else None
 
 
 @contextmanager
@@ -181,18 +196,26 @@ def _save_router(folder: Path, tuner: TRexModel, adapter_name: str, clusters: li
         # A prompt's scores before centring are the mean over those of its tokens, (V, K).
         scores = []
         for ids in torch.arange(embedding.num_embeddings).split(4096):
-            embeds, _ = tuner.prompts.scorer.embed(Inputs.of({"input_ids": ids[:, None]}))
+            embeds = tuner.prompts.scorer.look_up(embedding, ids[:, None], prior)[:, 0].float()
             with torch.autocast(embeds.device.type, enabled=False):
                 scores.append(embeds @ tensors["centroids"].T.to(embeds.device))
         tensors["token_scores"] = torch.cat(scores)
     save_file(_checked(tensors, adapter_name), folder / semantic_router.ROUTER_TENSORS)
+    markers = _pooling_markers(tuner, adapter_name)
+    chat: dict[str, Any] = {}
+    # Folders without these fields are as they always were.
+    if markers is not None or config.prior_scope != "prompt":
+        chat["prior_scope"] = config.prior_scope
+    if markers is not None:
+        chat["chat_markers"] = markers.as_value()
     settings = {
-        "version": semantic_router.VERSION,
+        "version": semantic_router.VERSION if markers is None else semantic_router.VERSION_WITH_MARKERS,
         "base_model_name_or_path": config.base_model_name_or_path,
         "prior_encoder": config.prior_encoder,
         "default": OVERALL,
         "adapters": {OVERALL: ".", **{name: name for name in clusters}},
         "clusters": clusters,
+        **chat,
     }
     (folder / semantic_router.ROUTER_JSON).write_text(json.dumps(settings, indent=2) + "\n")
     shutil.copyfile(semantic_router.__file__, folder / "semantic_router.py")

@@ -124,7 +124,7 @@ def trex_from_lora(
         errors = {}
         for name, layer in layers.items():
             # B becomes zero, and stays so where no LoRA changes the layer.
-            layer.reset_trex_parameters(adapter_name)
+            layer.reset_trex_parameters(adapter_name, "zero_router")
             if name in factors:
                 errors[name] = start_layer(layer, adapter_name, settings, factors[name], scores)
     except Exception:
@@ -147,8 +147,9 @@ def _settings(options: dict[str, Any], loras: list[Lora], with_prompts: bool) ->
     tasks = {lora.config.task_type for lora in loras}
     values.setdefault("task_type", tasks.pop() if len(tasks) == 1 else None)
     config = TRexConfig(**values)
-    for name, needed in (("use_router", True), ("router_top_k", None), ("init_weights", True)):
-        if getattr(config, name) != needed:
+    starts = {"use_router": (True,), "router_top_k": (None,), "init_weights": (True, "zero_router")}
+    for name, values_of_start in starts.items():
+        if getattr(config, name) not in values_of_start:
             raise ValueError(
                 f"{name}={getattr(config, name)} leaves no such start: all experts begin with equal weights from the "
                 "token router."
@@ -175,7 +176,7 @@ def _score(tuner: TRexModel, adapter_name: str, prompts: Sequence[Iterable[Mappi
                 if tuner.config_of(adapter_name).prior_encoder == "external":
                     embeds, has_tokens = batch[EMBEDS], batch[EMBEDS].any(-1)
                 else:
-                    embeds, places = scorer.embed(Inputs.of(batch))
+                    embeds, places = scorer.embed(Inputs.of(batch), adapter_name)
                     has_tokens = places.known
                 rows.append(prior.score(embeds[has_tokens]).double().cpu())
             if not any(map(len, rows)):

@@ -1,9 +1,12 @@
 """Choose the plain LoRA adapter of an exported folder that a prompt goes to.
 
-This file needs NumPy and safetensors only, and nothing of this package. A copy lies in each exported folder:
+This file needs NumPy and safetensors only, and nothing of this package; it runs on Python 3.8 and later. A copy lies
+in each exported folder:
 
     router = SemanticRouter.from_pretrained("the folder")
     router.route(tokenizer(prompt)["input_ids"]).adapter
+
+The prompt is the text that the model gets, written by the chat template where the adapter was trained with one.
 
 Axis legend: T tokens of a prompt, V vocabulary, d width of the embedding, K clusters.
 """
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +23,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-VERSION = 1
+# A folder with chat markers has the higher version, because code that knows only the lower one would leave them out.
+VERSION, VERSION_WITH_MARKERS = 1, 2
+MARKERS, MERGED = ("before", "after", "assistant"), ("before_merged", "after_merged")
 ROUTER_JSON, ROUTER_TENSORS = "router.json", "router.safetensors"
 EXPORT = "Export the folder again with peft_trex.save_trex_as_lora"
 
@@ -36,19 +42,31 @@ class SemanticRouter:
     """Sends each prompt to the adapter of the cluster with the highest score; threads can share a router.
 
     The scores are those of the T-REX adapter that the folder was exported from, `cos(e - mean, c_k)` for the prompt's
-    embedding `e`, up to a positive factor that is the same for all clusters. A prompt whose scores are all zero (one
-    without tokens, or whose embedding is the mean) has no cluster, and goes to the default adapter.
+    embedding `e`, up to a positive factor that is the same for all clusters. That is the mean embedding of all tokens
+    of the prompt or, with chat markers, of the latest user's message alone: no template, no system prompt, no earlier
+    turn. A message that has not ended counts as far as it goes. A prompt without any user's message between markers
+    counts whole, as in the model, and the first such prompt warns.
+
+    A prompt whose scores are all zero (one without tokens or with an empty message, or whose embedding is the mean)
+    has no cluster, and goes to the default adapter.
 
     Attributes:
         adapters: the adapters' names, and their folders as absolute paths. The router does not read these folders.
         default: the name of the adapter for prompts without a cluster.
         clusters: the names of the clusters' adapters, K of them.
+        chat_markers: the token ids that stand "before" and "after" a user's message, and then before the "assistant"'s
+            answer; None without any.
+        prior_scope: the tokens that the T-REX adapter's prior acted on, "prompt" or "answer". Routes do not depend on
+            it.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
         self.adapters: dict[str, Path] = {name: folder / where for name, where in settings["adapters"].items()}
         self.default: str = settings["default"]
         self.clusters: tuple[str, ...] = tuple(settings["clusters"])
+        self.chat_markers: dict[str, list[int]] | None = settings.get("chat_markers")
+        self.prior_scope: str = settings.get("prior_scope", "prompt")
+        self._warned = False
         self._mean = tensors["mean"]  # (d,)
         self._centroids = tensors["centroids"].astype(np.float64)  # (K, d)
         self._token_scores = tensors.get("token_scores")  # (V, K)
@@ -76,10 +94,12 @@ class SemanticRouter:
         """Choose the adapter for one prompt.
 
         Args:
-            token_ids: (T,) integers in [0, V): all tokens of the prompt, as its model gets them, without padding. A
-                list, a tuple, an array, or a tensor on the CPU. May be empty. Not for prior_encoder="external".
+            token_ids: (T,) integers in [0, V): all tokens of the prompt, as its model gets them, template and earlier
+                turns included, without padding. A list, a tuple, an array, or a tensor on the CPU. May be empty. Not
+                for prior_encoder="external".
             embedding: (d,) numbers instead: with prior_encoder="external" from the encoder that the prior was fitted
-                with, else the mean of the prompt's input embeddings. Zeros are an embedding like any other.
+                with, else the mean input embedding of the prompt or, with chat markers, of its latest user's message.
+                Zeros are an embedding like any other.
 
         Raises:
             TypeError, ValueError: for arguments of another kind, shape or range, or both of them, or neither.
@@ -112,8 +132,27 @@ class SemanticRouter:
                 f"{name} holds {ids[wrong[0]]} at position {wrong[0]}; {expected}. Leave padding out, and use the "
                 "tokenizer of the model that the folder was exported from."
             )
-        scores = self._token_scores[ids].mean(0, dtype=np.float64) - self._mean_scores
+        pooled = self._pooled(ids.astype(np.int64))
+        if not pooled.size:
+            return Route(None, self.default)
+        scores = self._token_scores[pooled].mean(0, dtype=np.float64) - self._mean_scores
         return self._best(scores, self._rounding)
+
+    def _pooled(self, ids: np.ndarray) -> np.ndarray:
+        """The tokens of a prompt (T,) whose scores are averaged."""
+        if self.chat_markers is None:
+            return ids
+        message = latest_message(ids, self.chat_markers)
+        if message is not None:
+            return ids[message]
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "A prompt holds no user's message between the folder's chat_markers, so all its tokens are pooled. "
+                "Write prompts by the tokenizer's chat template, as in training, and give the router all tokens.",
+                stacklevel=2,
+            )
+        return ids
 
     def _route_embedding(self, embedding: Any) -> Route:
         expected = f"expected the numbers of one embedding, (d,) = {self._mean.shape}, finite in float32"
@@ -132,6 +171,37 @@ class SemanticRouter:
             return Route(None, self.default)
         cluster = int(scores.argmax())
         return Route(cluster, self.clusters[cluster])
+
+
+def latest_message(ids: np.ndarray, markers: Mapping[str, Sequence[int]]) -> slice | None:
+    """Where the latest user's message stands in a prompt (T,); None where the marker before one stands nowhere."""
+    whole = _places(ids, markers["before"])
+    starts, ends = whole + len(markers["before"]), _places(ids, markers["after"])
+    # Whitespace of a message may be one token with the rest of a marker, and then counts as the message's.
+    if markers.get("before_merged"):
+        merged = np.setdiff1d(_places(ids, markers["before_merged"]), whole) + len(markers["before_merged"])
+        starts = np.union1d(starts, merged)
+    if markers.get("after_merged"):
+        ends = np.union1d(ends, _places(ids, markers["after_merged"]))
+    if not starts.size:
+        return None
+    # A marker at the prompt's end has no message behind it yet, so the turn before it still runs.
+    starts = starts[starts < len(ids)]
+    if not starts.size:
+        return slice(0, 0)
+    start = int(starts[-1])
+    # The marker before a message may end with the token that the one after it begins with; the message is then empty.
+    ends = ends[ends >= start - 1]
+    return slice(start, int(ends[0]) if ends.size else len(ids))
+
+
+def _places(ids: np.ndarray, marker: Sequence[int]) -> np.ndarray:
+    """Where a marker begins that stands in a prompt (T,) as a whole, ascending."""
+    count = max(0, len(ids) - len(marker) + 1)
+    here = np.ones(count, dtype=bool)
+    for offset, token in enumerate(marker):
+        here &= ids[offset : offset + count] == token
+    return np.flatnonzero(here)
 
 
 def _as_array(value: Any, name: str, kinds: str, expected: str) -> np.ndarray:
@@ -169,8 +239,9 @@ def _read_settings(path: Path) -> dict[str, Any]:
     _check(path, isinstance(settings, dict), f"a {type(settings).__name__} at the top", "an object")
     fields = ("version", "prior_encoder", "adapters", "default", "clusters")
     version, encoder, adapters, default, clusters = map(settings.get, fields)
-    copy = f"version {VERSION}, or else the copy of semantic_router.py that lies in the folder"
-    _check(path, version == VERSION and version is not True, f"version {version!r}", copy)
+    versions = (VERSION, VERSION_WITH_MARKERS)
+    copy = f"version {' or '.join(map(str, versions))}, or else the copy of semantic_router.py that lies in the folder"
+    _check(path, version in versions and version is not True, f"version {version!r}", copy)
     encoders = ("input_embeddings", "external")
     _check(path, encoder in encoders, f"prior_encoder={encoder!r}", f"one of {encoders}")
     _check(path, isinstance(adapters, dict) and adapters != {}, f"adapters={adapters!r}", "an object of folders")
@@ -182,7 +253,29 @@ def _read_settings(path: Path) -> dict[str, Any]:
     for name in (default, *clusters):
         listed = isinstance(name, str) and name in adapters
         _check(path, listed, f"{name!r} as default or in clusters", f"one of its adapters, {sorted(adapters)}")
+    _check_chat(path, settings)
     return settings
+
+
+def _check_chat(path: Path, settings: Mapping[str, Any]) -> None:
+    """Check the fields of router.json that say what is pooled, which version 1 may leave out."""
+    marked = settings["version"] == VERSION_WITH_MARKERS
+    scope, scopes = settings.get("prior_scope", None if marked else "prompt"), ("prompt", "answer")
+    _check(path, scope in scopes, f"prior_scope={scope!r}", f"one of {scopes}")
+    markers: Any = settings.get("chat_markers")
+    if not marked:
+        content = f"version {VERSION} with chat_markers={markers!r}"
+        _check(path, markers is None, content, f"them in version {VERSION_WITH_MARKERS} only")
+        return
+    whole = isinstance(markers, dict) and set(MARKERS) <= set(markers) <= {*MARKERS, *MERGED}
+    whole = whole and all(
+        isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids) for ids in markers.values()
+    )
+    expected = (
+        f"an object of the lists of token ids {', '.join(MARKERS)}, of which only the last may be empty, and of "
+        f"{' or '.join(MERGED)} where they are needed"
+    )
+    _check(path, whole and [] not in (markers["before"], markers["after"]), f"chat_markers={markers!r}", expected)
 
 
 def _read_tensors(path: Path, settings: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -206,8 +299,14 @@ def _read_tensors(path: Path, settings: Mapping[str, Any]) -> dict[str, np.ndarr
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     # An axis without entries fits nothing.
     width, vocabulary = max(1, tensors["mean"].size), max(1, tensors[wanted[-1]].size // clusters)
-    fitting = dict(zip(wanted, ((clusters, width), (width,), (vocabulary, clusters)), strict=False))
+    every = {"centroids": (clusters, width), "mean": (width,), "token_scores": (vocabulary, clusters)}
+    fitting = {name: every[name] for name in wanted}
     _check(path, shapes == fitting, f"the shapes {shapes}", expected)
     for name, tensor in tensors.items():
         _check(path, bool(np.isfinite(tensor).all()), f"NaN or infinity in {name}", expected)
+    markers = settings.get("chat_markers")
+    if markers is not None and "token_scores" in tensors:
+        highest = max(token for ids in markers.values() for token in ids)
+        content, expected = f"the token id {highest} in chat_markers", f"ids in [0, V = {vocabulary})"
+        _check(path.with_name(ROUTER_JSON), highest < vocabulary, content, expected)
     return tensors

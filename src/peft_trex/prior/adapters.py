@@ -13,6 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from .chat import ChatMarkers
 from .semantic_prior import SemanticPrior
 
 
@@ -46,6 +47,14 @@ class Adapters:
         """What computes the prompts' embeddings of an adapter: "input_embeddings" or "external"."""
         return self.configs[name].prior_encoder
 
+    def markers_of(self, name: str) -> ChatMarkers | None:
+        """The chat markers of an adapter, or None if it has none."""
+        return ChatMarkers.of(self.configs[name].chat_markers)
+
+    def acts_on_answers(self, name: str) -> bool:
+        """Whether an adapter's prior acts on answers alone."""
+        return self.configs[name].prior_scope == "answer"
+
     def with_prior(self) -> list[str]:
         """The active adapters that use a prior."""
         return [name for name in self.active() if self.configs[name].use_prior]
@@ -56,9 +65,14 @@ class Adapters:
             return []
         return self.with_prior()
 
+    @property
+    def two_sided(self) -> bool:
+        """Whether the base model has an encoder and a decoder."""
+        return bool(getattr(getattr(self.base, "config", None), "is_encoder_decoder", False))
+
     def is_causal(self) -> bool:
         """Whether labels that stand beside the input mark an answer; in an encoder they mark something else."""
-        if getattr(getattr(self.base, "config", None), "is_encoder_decoder", False):
+        if self.two_sided:
             return False
         tasks = {self.configs[name].task_type for name in self.active()} - {None}
         if tasks:
@@ -68,6 +82,11 @@ class Adapters:
     def embedding(self) -> nn.Embedding | None:
         """The base model's frozen token embedding, or None for a model without one."""
         return find_embedding(self.base)
+
+    def pad_token(self) -> Any:
+        """The pad token, where it marks padding in ids without a mask: one that ends nothing, as transformers says."""
+        configs = [getattr(self.base, name, None) for name in ("generation_config", "config")]
+        return find_pad_token({}, *configs)
 
     def home(self) -> torch.device:
         """The device that a batch belongs on."""
@@ -86,3 +105,14 @@ def find_embedding(base: Any) -> nn.Embedding | None:
     if isinstance(embedding, BaseTunerLayer):
         embedding = embedding.get_base_layer()
     return embedding if isinstance(embedding, nn.Embedding) else None
+
+
+def find_pad_token(arguments: Mapping[str, Any], *configs: Any) -> Any:
+    """The pad token of a call, from its arguments or the first configuration that has one; None if it ends texts."""
+
+    def value(name: str) -> Any:
+        sources = [arguments.get(name), *(getattr(config, name, None) for config in configs)]
+        return next((source for source in sources if source is not None), None)
+
+    pad, end = value("pad_token_id"), value("eos_token_id")
+    return None if pad in (end if isinstance(end, (list, tuple)) else [end]) else pad

@@ -6,34 +6,120 @@ Axis legend: B rows of a batch, T tokens, K clusters.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .state import ForwardState, Override
+from .history import History
+from .state import ForwardState, Generation, Override
+
+
+@dataclass
+class Frame:
+    """A forward that runs.
+
+    Attributes:
+        module: whose forward it is.
+        state: what its layers read.
+        tokens: the number of ids in its call; None for one without ids.
+        caches: those that it goes on from.
+        history: what a cache in its output will carry.
+        outer: the forward around it.
+        entered: whether the module's own code runs.
+    """
+
+    module: nn.Module
+    state: ForwardState | None = None
+    tokens: int | None = None
+    caches: tuple[Any, ...] = ()
+    history: History | None = None
+    outer: Frame | None = None
+    entered: bool = False
 
 
 class _Running(threading.local):
     """What runs now, in each thread by itself: servers call one model from several. A copy starts with nothing.
 
-    `state` belongs to the forward of the module `owner`, `generation` to the generate call around it, and `override`
-    to the block of `steer_trex` around that.
+    `state` is what layers read, that of the innermost forward in `frame`; `generation` is the generate call around it.
+    `hidden` is what an attention with relative positions was called with, while it runs. `blocks` are those of
+    `steer_trex` that were entered in this thread, for compiled forwards, which cannot read a context variable.
     """
 
     def __init__(self) -> None:
         # Each thread calls this anew. Attributes of the class would do, but torch.compile goes wrong on them.
         self.state: ForwardState | None = None
-        self.owner: nn.Module | None = None
-        self.generation: ForwardState | None = None
-        self.override: Override | None = None
+        self.frame: Frame | None = None
+        self.generation: Generation | None = None
+        self.hidden: tuple[Tensor, ...] = ()
+        self.blocks: tuple[Block, ...] = ()
 
     def __deepcopy__(self, memo: Any) -> _Running:
         return _Running()
 
     def __reduce__(self) -> Any:
         return _Running, ()
+
+
+class Block:
+    """A block of `steer_trex`, told from others by identity.
+
+    Attributes:
+        override: what it sets.
+        astray: whether it was entered while another block ran in this thread, but not around it.
+    """
+
+    def __init__(self, override: Override, astray: bool) -> None:
+        self.override = override
+        self.astray = astray
+
+
+class Blocks:
+    """The blocks of `steer_trex` around what runs now, by context: coroutines and `asyncio.to_thread` have their own.
+
+    A copy starts with none.
+    """
+
+    def __init__(self, running: _Running) -> None:
+        self._running = running
+        self._variable: ContextVar[tuple[Block, ...]] = ContextVar("steer_trex", default=())
+
+    @contextmanager
+    def entered(self, override: Override) -> Iterator[None]:
+        """A block, which ends alone, in whatever order blocks end."""
+        around, running = self._variable.get(), self._running
+        block = Block(override, astray=running.blocks != around)
+        self._variable.set((*around, block))
+        running.blocks = (*running.blocks, block)
+        try:
+            yield
+        finally:
+            self._variable.set(tuple(each for each in self._variable.get() if each is not block))
+            running.blocks = tuple(each for each in running.blocks if each is not block)
+
+    def innermost(self) -> Override | None:
+        """What the innermost block sets, None outside of all."""
+        if not torch.compiler.is_compiling():
+            blocks = self._variable.get()
+            return blocks[-1].override if blocks else None
+        blocks = self._running.blocks
+        if any(block.astray for block in blocks):
+            raise ValueError(
+                "Several steer_trex blocks run in this thread, one not within the other, and a compiled forward "
+                "cannot tell which is its own; give the call its semantic_prior instead."
+            )
+        return blocks[-1].override if blocks else None
+
+    def __deepcopy__(self, memo: Any) -> Blocks:
+        return Blocks(deepcopy(self._running, memo))
+
+    def __reduce__(self) -> Any:
+        return Blocks, (self._running,)
 
 
 class PriorChannel:
@@ -46,6 +132,7 @@ class PriorChannel:
     def __init__(self, priors: nn.ModuleDict) -> None:
         self.priors = priors
         self.running = _Running()
+        self.blocks = Blocks(self.running)
         self.calibrated: set[str] = set()  # adapters whose layers hold static weights
 
     def run(self, state: ForwardState | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -62,6 +149,11 @@ class PriorChannel:
     def mean_scores(self, adapter_name: str) -> Tensor | None:
         """(K,), or None while the prior is not fitted."""
         return self.priors[adapter_name].mean_scores if self.fitted(adapter_name) else None  # type: ignore[return-value]
+
+    def is_position(self, x: Tensor) -> bool:
+        """Whether the input of a layer that takes both is relative positions (1, L, D), not hidden states."""
+        hidden = self.running.hidden
+        return bool(hidden) and x.shape[0] == 1 and not any(x is each for each in hidden)
 
     def scores(self, adapter_name: str, x: Tensor) -> Tensor | None:
         """Scores (B, K), (1, K) or (B, T, K) that go with a layer's input `x` (B, ..., D_in); None counts as zero."""
@@ -82,6 +174,9 @@ class PriorChannel:
         if scores.device != x.device:
             scores = scores.to(x.device)
         rows = scores.shape[0]
+        # Relative positions, for instance, are the same for all rows.
+        if x.dim() > 2 and x.shape[0] == 1 < state.rows:
+            return None
         if scores.dim() == 3:
             if x.shape[:-1] == scores.shape[:-1]:
                 return scores

@@ -6,13 +6,15 @@ Axis legend: B rows of a batch, T tokens, d width of the embedding.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .prompts import Prompts, find_prompts
+from .chat import ChatMarkers
+from .history import Content
+from .prompts import Prompts, find_answered, find_attended, find_prompts, strip_padding
 
 EMBEDS = "semantic_embeds"
 SEMANTIC_PRIOR = "semantic_prior"
@@ -29,6 +31,8 @@ ROWS = ("decoder_inputs_embeds", "decoder_input_ids", "inputs_embeds", "input_id
 @dataclass(frozen=True)
 class Inputs:
     """The arguments of a forward, a generate call or a batch of data, by what they are.
+
+    A batch of choices (B, C, T) is parsed as B * C rows.
 
     Attributes:
         ids: (B, T) token ids.
@@ -62,12 +66,13 @@ class Inputs:
     decoder_ids: Any = None
     pixels: Any = None
     rows: int = 1
-    lengths: frozenset[int] = frozenset()
+    lengths: tuple[int, ...] = ()
     given: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Inputs:
         """Parse arguments by their names."""
+        arguments = {name: _as_rows(name, value) for name, value in arguments.items()}
         tensors = [value for value in arguments.values() if isinstance(value, Tensor) and value.dim() > 0]
         known = [value for name in ROWS if isinstance(value := arguments.get(name), Tensor) and value.dim() > 0]
         sized = known or tensors[:1]
@@ -86,7 +91,7 @@ class Inputs:
             decoder_ids=arguments.get("decoder_input_ids"),
             pixels=arguments.get("pixel_values"),
             rows=sized[0].shape[0] if sized else 1,
-            lengths=frozenset(value.shape[1] for value in sized if value.dim() > 1),
+            lengths=tuple(value.shape[1] for value in sized if value.dim() > 1),
             given=tuple(sorted(name for name, value in arguments.items() if value is not None)),
         )
 
@@ -103,10 +108,33 @@ class Inputs:
                 "that start anew. DataCollatorWithFlattening gives them with return_position_ids=True."
             )
 
-    def prompts(self, causal: bool = True) -> Prompts:
-        """Where the prompts are; labels and a completion mask tell it in causal language models only."""
-        labels, completion_mask = (self.labels, self.completion_mask) if causal else (None, None)
-        return find_prompts(self.tokens, self.mask, labels, self.positions, completion_mask)
+    def prompts(self, causal: bool = True, markers: ChatMarkers | None = None, prefix: bool = False) -> Prompts:
+        """Where the prompts are; labels, a completion mask and markers tell it in causal language models only."""
+        if not causal:
+            return find_prompts(self.tokens, self.mask, position_ids=self.positions)
+        markers = markers if self.ids is not None else None
+        told_by = (self.labels, self.positions, self.completion_mask)
+        return find_prompts(self.tokens, self.mask, *told_by, markers=markers, prefix=prefix and not self.told)
+
+    def content(self, causal: bool = True) -> Content | None:
+        """The tokens of this call; None without any, or with axes in which there are no rows of tokens."""
+        piece = self.embeds if self.ids is None else self.ids
+        if not isinstance(piece, Tensor) or piece.dim() < 2:
+            return None
+        answered = find_answered(self.tokens, self.labels, self.completion_mask) if causal else None
+        return Content((piece,), find_attended(self.tokens, self.mask), answered)
+
+    @property
+    def told(self) -> bool:
+        """Whether the caller says which tokens are predicted."""
+        return self.labels is not None or self.completion_mask is not None
+
+    def without_padding(self, pad: Any) -> Inputs:
+        """The same with a mask, where there is none: runs of the pad token at the ends of a row are padding."""
+        found = self.mask is not None or self.positions is not None or not isinstance(pad, int)
+        if found or not isinstance(self.ids, Tensor) or self.ids.dim() != 2:
+            return self
+        return replace(self, mask=strip_padding(self.ids, pad))
 
     def share_of_loss(self, shifted: bool) -> Tensor | float:
         """A forward's share, in (0, 1], of the tokens that its loss is normalised by; 1 if their number is unknown.
@@ -122,23 +150,26 @@ class Inputs:
             return 1.0
         return (labels[..., 1:] if shifted else labels).ne(-100).sum() / self.items
 
-    def packed_prompts(self, given: int) -> Prompts | None:
+    def packed_prompts(self, values: int) -> Prompts | None:
         """Where the prompts are, for which so many values were given, if rows hold several; None otherwise."""
         if self.positions is None or self.tokens is None or (isinstance(self.mask, Tensor) and self.mask.dim() != 2):
             return None
         prompts = self.prompts(causal=False)
-        if prompts.index is not None and torch.compiler.is_compiling():  # a compiled forward cannot count
-            return None if given == self.rows else prompts.with_count(given)
-        return None if prompts.index is None else prompts
+        if prompts.sequence is not None and torch.compiler.is_compiling():  # a compiled forward cannot count
+            return None if values == self.rows else prompts.with_sequences(values)
+        return None if prompts.sequence is None else prompts
+
+
+def _as_rows(name: str, value: Any) -> Any:
+    """An argument with the choices (B, C, ...) of multiple choice as rows."""
+    axes = {"input_ids": 3, "inputs_embeds": 4, "attention_mask": 3}.get(name)
+    return value.flatten(0, 1) if axes and isinstance(value, Tensor) and value.dim() == axes else value
 
 
 def caches_in(values: Any) -> list[Any]:
-    """The caches among a forward's arguments or in its output; a tuple does not say where they are."""
+    """The caches among a forward's arguments or in its output, where a tuple does not name them."""
+    if isinstance(values, tuple):
+        return [value for value in values if hasattr(value, "get_seq_length")]
     # An output warns about the old names where it is asked for them, so it is not asked but read.
     named = values if isinstance(values, Mapping) else getattr(values, "__dict__", {})
     return [value for name, value in named.items() if name in CACHES and value is not None]
-
-
-def cached_tokens(cache: Any) -> int | None:
-    """The number of tokens in a cache; None where there is none, or it does not say."""
-    return cache.get_seq_length() if hasattr(cache, "get_seq_length") else None

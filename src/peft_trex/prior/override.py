@@ -143,8 +143,12 @@ def _examples(
             raise ValueError(f"The example's {EMBEDS} holds NaN or infinity.")
         known = embeds.any(-1)
     else:
-        embeds, prompts = scorer.embed(Inputs.of(example))
-        if prompts.index is not None:
+        embeds, prompts = scorer.embed(Inputs.of(example), adapter_name)
+        if prompts.sequence is not None:
             raise ValueError(f"The example in {SEMANTIC_PRIOR} packs several prompts in a row; give each its own.")
         known = prompts.known
+        # Of several turns of a chat, the last is the example.
+        if prompts.index is not None:
+            turns = prompts.index[:, -1]
+            embeds, known = embeds[turns], known[turns]
     return prior.direction(embeds), known

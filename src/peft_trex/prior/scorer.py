@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import Adapters
+from .chat import ChatMarkers
+from .history import Content
 from .inputs import EMBEDS, Inputs
-from .prompts import Prompts
+from .prompts import Prompts, split_turns
 from .semantic_prior import SemanticPrior
-from .state import ForwardState, Override
+from .state import Override, Scored
 
-UNTOLD = "labels leave no prompt"
+# What is warned of once.
+UNTOLD, NO_MESSAGE, SEVERAL = "labels leave no prompt", "no user's message", "several answers without markers"
 
 
 class PromptScorer:
@@ -35,32 +38,53 @@ class PromptScorer:
         self._untold = 0
 
     @torch.no_grad()
-    def embed(self, inputs: Inputs) -> tuple[Tensor, Prompts]:
+    def embed(
+        self,
+        inputs: Inputs | Mapping[str, Any],
+        adapter_name: str | None = None,
+        markers: ChatMarkers | None = None,
+    ) -> tuple[Tensor, Prompts]:
         """Mean input embedding of each prompt, (P, d) float32, and where the prompts are.
+
+        Args:
+            inputs: a call's or a batch's.
+            adapter_name: whose chat markers tell the prompts; None for the first active adapter that has a prior.
+            markers: chat markers that the adapter will have; None for those that it has.
 
         Raises:
             TypeError, ValueError: for inputs without tokens, or with axes in which no prompt can be found.
         """
+        inputs = inputs if isinstance(inputs, Inputs) else Inputs.of(inputs)
         inputs.check_packing()
-        embedding, embeds = self.adapters.embedding(), inputs.embeds
-        if embeds is None and inputs.ids is not None and embedding is not None:
-            embeds = self._look_up(embedding, inputs.ids)
-        if embeds is None:
+        names = self.adapters.with_prior() if adapter_name is None else [adapter_name]
+        if markers is None and names:
+            markers = self.adapters.markers_of(names[0])
+        inputs = inputs.without_padding(self.adapters.pad_token())
+        embeds = self._embeddings(inputs, None, self.adapters.prior_of(names[0]) if names else None)
+        prompts = inputs.prompts(self.adapters.is_causal(), markers)
+        self._warn_untold(prompts, inputs, markers)
+        return prompts.mean(embeds), prompts
+
+    def _embeddings(self, inputs: Inputs, content: Content | None, prior: SemanticPrior | None) -> Tensor:
+        """The embeddings (B, T, d) of a call's tokens, or of these, as a prior reads them."""
+        embedding: Any = self.adapters.embedding()
+        pieces: tuple[Any, ...] = (inputs.embeds if inputs.embeds is not None else inputs.ids,)
+        if content is not None:
+            pieces = content.pieces
+        found = [
+            piece if isinstance(piece, Tensor) and piece.is_floating_point() else self.look_up(embedding, piece, prior)
+            for piece in pieces
+            if piece is not None and (embedding is not None or inputs.embeds is not None)
+        ]
+        if not found:
             raise ValueError(
                 "T-REX computes the prior from the prompt's tokens, but got neither input_ids nor inputs_embeds (only "
                 f"{list(inputs.given)}). Pass them, an encoder's own output object, or use prior_encoder='external'."
             )
-        prompts = inputs.prompts(self.adapters.is_causal())
-        if prompts.told is not None and self._may_look(prompts.told) and not prompts.told:
-            self.warn_once(
-                UNTOLD,
-                "The labels leave some rows without a prompt (no -100 before the first token that is predicted), so "
-                "the whole row counts as its prompt, answer included. Set the prompt's labels to -100 for a prior "
-                "that does not see the answer.",
-            )
-        return prompts.mean(embeds), prompts
+        return found[0] if len(found) == 1 else torch.cat([piece.to(found[0]) for piece in found], 1)
 
-    def _look_up(self, embedding: nn.Embedding, ids: Any) -> Tensor:
+    def look_up(self, embedding: nn.Embedding, ids: Any, prior: SemanticPrior | None = None) -> Tensor:
+        """The frozen embeddings (..., d) of token ids, as a prior reads them or as the base model has them."""
         if not isinstance(ids, Tensor):
             raise TypeError(f"input_ids is a {type(ids).__name__}; expected a tensor of token ids (B, T).")
         training, embedding.training = embedding.training, False  # NEFTune adds noise to it in training
@@ -68,9 +92,10 @@ class PromptScorer:
         ids = ids if embedding.weight.is_meta else ids.to(embedding.weight.device)
         try:
             # FSDP2, ZeRO-3 and accelerate bring the weight when the module is called.
-            return embedding.forward(ids) if self._whole else embedding(ids)
+            embeds: Tensor = embedding.forward(ids) if self._whole else embedding(ids)
         finally:
             embedding.training = training
+        return embeds if prior is None else prior.read(embeds, ids)
 
     @contextmanager
     def whole_embedding(self) -> Iterator[None]:
@@ -102,26 +127,35 @@ class PromptScorer:
         finally:
             self._whole = False
 
-    def _may_look(self, told: Tensor) -> bool:
+    def _may_look(self, key: str, value: Tensor) -> bool:
         """Whether to look at a value for a warning: not again, and ever more seldom where that waits for a GPU."""
         # A look would break a compiled graph; the fit, which sees the same data, warns there.
-        if UNTOLD in self._warned or torch.compiler.is_compiling():
+        if key in self._warned or torch.compiler.is_compiling():
             return False
-        if told.device.type == "cpu":
+        if value.device.type == "cpu":
             return True
         self._untold += 1
         return self._untold.bit_count() == 1  # the forwards 1, 2, 4, 8, ...
 
-    def score(self, inputs: Inputs, embeds: Any, names: list[str], override: Override | None = None) -> ForwardState:
+    @torch.no_grad()
+    def score(
+        self,
+        inputs: Inputs,
+        embeds: Any,
+        names: list[str],
+        override: Override | None = None,
+        content: Content | None = None,
+        prefix: bool = False,
+    ) -> Scored:
         """Score the prompts of a forward, or of a generate call, for each of the adapters.
-
-        Where `override` leaves no row to its own prompt there is nothing to score, and the adapter has None.
 
         Args:
             inputs: the call's.
             embeds: (P, d), embeddings from outside the model for adapters with `prior_encoder="external"`.
             names: the adapters.
-            override: what is set instead.
+            override: what is set instead. Where it leaves no row to its own prompt there is nothing to score.
+            content: the tokens to score, where they are not the call's alone: those of a cache, and then the call's.
+            prefix: whether the call's tokens may be the beginning of a chat only.
         """
         inputs.check_packing()
         external = [name for name in names if self.adapters.encoder_of(name) == "external"]
@@ -131,7 +165,17 @@ class PromptScorer:
                 "leave it out, or train with prior_encoder='external'."
             )
         scores: dict[str, Tensor | None] = {}
-        embedded: tuple[Tensor, Prompts] | None = None
+        split: dict[ChatMarkers | None, Prompts] = {}
+        # Adapters whose priors have no rows of their own read the same embeddings, which stand under None.
+        embedded: dict[str | None, Tensor] = {}
+
+        def prompts_of(name: str) -> Prompts:
+            markers = self.adapters.markers_of(name)
+            if markers not in split:
+                split[markers] = self._prompts(inputs, content, markers, prefix)
+            return split[markers]
+
+        score: Tensor | None
         for name in names:
             prior = self.adapters.prior_of(name)
             if override is not None and override.covers(name):
@@ -141,23 +185,82 @@ class PromptScorer:
                 scores[name] = None
             elif name in external:
                 packed = inputs.packed_prompts(inputs.rows if embeds is None else len(embeds))
-                count = inputs.rows if packed is None else packed.count
+                count = inputs.rows if packed is None else packed.sequences
                 score = prior.score(_check_embeds(name, embeds, count, prior.dim))
-                scores[name] = score if packed is None else packed.spread(score)
+                scores[name] = score if packed is None else packed.spread_sequences(score)
             else:
-                embedded = embedded or self.embed(inputs)
-                means, prompts = embedded
-                scores[name] = prompts.spread(prior.score(means) * prompts.known[:, None])
-        return ForwardState(scores, inputs.rows)
+                reader = None if prior.token_ids is None else name
+                if reader not in embedded:
+                    embedded[reader] = self._embeddings(inputs, content, prior)
+                prompts = prompts_of(name)
+                scores[name] = prompts.spread(prior.score(prompts.mean(embedded[reader])) * prompts.known[:, None])
+        if override is not None:
+            packed = inputs.packed_prompts(override.rows) if content is None and override.rows > 1 else None
+            scores = override.apply(scores, inputs.rows, packed)
+        last = {
+            name: score[:, -1] if score is not None and score.dim() == 3 else score for name, score in scores.items()
+        }
+        begun: Tensor | bool = True
+        if self.adapters.is_causal():
+            for name, running in last.items():
+                if running is not None and self.adapters.acts_on_answers(name):
+                    score = scores[name]
+                    whole = running[:, None] if score is None or score.dim() == 2 else score
+                    scores[name] = whole * prompts_of(name).answers.to(running.device)[..., None]
+            chats = [prompts for markers, prompts in split.items() if markers is not None]
+            if chats:
+                begun = torch.stack([prompts.answers[:, -1].all() for prompts in chats]).all()
+        return Scored(scores, last, begun)
 
-    def warn_without_labels(self, state: ForwardState) -> None:
-        scored = [name for name, scores in state.scores.items() if scores is not None]
-        if any(self.adapters.encoder_of(name) == "input_embeddings" for name in scored):
+    def _prompts(self, inputs: Inputs, content: Content | None, markers: ChatMarkers | None, prefix: bool) -> Prompts:
+        """Where the prompts are, with a warning where nobody says it."""
+        causal = self.adapters.is_causal()
+        if content is None:
+            prompts = inputs.prompts(causal, markers, prefix)
+        else:
+            ids = content.ids if markers else None
+            prompts = split_turns(content.attended, content.answered, ids, markers, prefix=prefix and not inputs.told)
+        self._warn_untold(prompts, inputs, markers)
+        return prompts
+
+    def _warn_untold(self, prompts: Prompts, inputs: Inputs, markers: ChatMarkers | None) -> None:
+        if prompts.chat is not None and self._may_look(NO_MESSAGE, prompts.chat) and not prompts.chat:
             self.warn_once(
-                "no labels",
-                "A training forward got no labels, so all its tokens count as the prompt, an answer included. "
-                "label_smoothing_factor, compute_loss_func and losses of one's own take the labels away; the forward "
-                "takes a completion_mask (B, T), one where tokens are predicted, instead.",
+                NO_MESSAGE,
+                "Some rows hold no user's message between the adapter's chat_markers, so all tokens of their prompts "
+                "are pooled, and with prior_scope='answer' only labels, a completion_mask and generate tell where "
+                "their answers begin. Write prompts by the tokenizer's chat template, as in training.",
+            )
+        elif prompts.told is not None and inputs.told and self._may_look(UNTOLD, prompts.told) and not prompts.told:
+            self.warn_once(
+                UNTOLD,
+                "The labels leave some rows without a prompt (no -100 before the first token that is predicted), so "
+                "the whole row counts as its prompt, answer included. Set the prompt's labels to -100 for a prior "
+                "that does not see the answer.",
+            )
+        # A batch of several answers is counted where that costs no wait.
+        if inputs.told and prompts.earlier is not None and prompts.count < prompts.mask.numel():
+            self.warn_once(
+                SEVERAL,
+                "Some rows hold several answers. Each is trained with the prior of all tokens before it, but "
+                "generate, which sees no labels, takes a conversation for one prompt. Set "
+                "TRexConfig(chat_markers=peft_trex.chat_markers(tokenizer)) for a prior of each user's message.",
+            )
+
+    def warn_untold(self, scored: Scored, training: bool) -> None:
+        """Warn that nobody says where a forward's prompts end, where that matters."""
+        names = [name for name, score in scored.last.items() if score is not None]
+        # A warning would break a compiled graph.
+        if not torch.compiler.is_compiling() and any(
+            self.adapters.encoder_of(name) == "input_embeddings" for name in names
+        ):
+            self.warn_once(
+                "nobody says",
+                f"A {'training ' * training}forward got neither labels nor a completion_mask, so T-REX computes the "
+                "prior from all its tokens, an answer included. Pass completion_mask (B, T), one where tokens are "
+                "predicted, or use generate, or set the adapter's chat_markers. In a Trainer, label_smoothing_factor, "
+                "compute_loss_func and losses of one's own take the labels away; a completion_mask column then needs "
+                "remove_unused_columns=False.",
             )
 
     def _warn_unfitted(self, name: str, prior: SemanticPrior | None) -> None:

@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .token_rows import TOKEN_IDS, TOKEN_ROWS, replace_rows
+
 
 class SemanticPrior(nn.Module):
     """Centroids of the training prompts' embeddings, and the score of a prompt against each of them.
 
     `s_k = cos(e - mean, c_k)` for the prompt's embedding `e` (arXiv 2404.08985, the instance-level intuition; the
     centring is ours), or `cos(W (e - mean), c_k)` with whitening `W`. The buffers are saved and loaded with the
-    adapter; all are zero until the prior is fitted.
+    adapter; all are zero until the prior is fitted. A prior that was loaded onto another token embedding than the one
+    that it was fitted on keeps the rows that differ.
 
     Args:
         num_clusters: K.
@@ -33,6 +36,8 @@ class SemanticPrior(nn.Module):
     whitening: Tensor | None  # (p, d)
     mean: Tensor  # (d,)
     mean_scores: Tensor  # (K,)
+    token_ids: Tensor | None  # (n,), rising
+    token_rows: Tensor | None  # (n, d)
 
     def __init__(self, num_clusters: int, dim: int, whitened: int | None = None) -> None:
         super().__init__()
@@ -42,7 +47,10 @@ class SemanticPrior(nn.Module):
         self.register_buffer("whitening", torch.zeros(whitened, dim) if whitened else None)
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("mean_scores", torch.zeros(num_clusters))
+        self.register_buffer(TOKEN_IDS, None)
+        self.register_buffer(TOKEN_ROWS, None)
         self._fitted: bool | None = None
+        self.register_load_state_dict_pre_hook(SemanticPrior._make_room)
         self.register_load_state_dict_post_hook(SemanticPrior.look)
 
     @property
@@ -57,6 +65,19 @@ class SemanticPrior(nn.Module):
         if not self._fitted and not torch.compiler.is_compiling():
             self.look()
         return bool(self._fitted)
+
+    def _make_room(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """A hook before a prior is loaded: take over as many rows of the embedding as there are, or none."""
+        if f"{prefix}centroids" in state_dict:
+            for name in (TOKEN_IDS, TOKEN_ROWS):
+                tensor = state_dict.get(prefix + name)
+                setattr(self, name, None if tensor is None else torch.empty_like(tensor, device=self.mean.device))
+
+    def read(self, embeds: Tensor, ids: Tensor) -> Tensor:
+        """The embeddings (..., d) of token ids (...) as this prior reads them, from the base model's frozen ones."""
+        if self.token_ids is None or self.token_rows is None:
+            return embeds
+        return replace_rows(embeds, ids, self.token_ids, self.token_rows)
 
     def look(self, *_: Any) -> None:
         """Read from the centroids whether the prior is fitted; on a GPU this waits for the device."""

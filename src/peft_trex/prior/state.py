@@ -7,14 +7,18 @@ several), T tokens, K clusters.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..router_losses import RouterLosses
-from .inputs import SEMANTIC_PRIOR
+from .history import Content, cached_tokens, history_of
+from .inputs import SEMANTIC_PRIOR, Inputs
 from .prompts import Prompts
+
+Scores = Mapping[str, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -22,18 +26,18 @@ class ForwardState:
     """The state of one forward.
 
     Attributes:
-        scores: for each active adapter (B, K), or (B, T, K) where a row holds several prompts; None counts as zero.
+        scores: for each active adapter (B, K), or (B, T, K) where the tokens of a row differ; None counts as zero.
         rows: B.
         lengths: the numbers of tokens that rows have, by which flattened inputs of layers are recognised.
         losses: what the layers add their router losses to, in training.
     """
 
-    scores: Mapping[str, Tensor | None]
+    scores: Scores
     rows: int
-    lengths: frozenset[int] = field(default=frozenset())
+    lengths: tuple[int, ...] = ()
     losses: RouterLosses | None = None
 
-    def for_call(self, rows: int, lengths: frozenset[int]) -> ForwardState:
+    def for_call(self, rows: int, lengths: tuple[int, ...]) -> ForwardState:
         """The same prompts for a call of `rows` rows: beams and returned sequences stand beside each other."""
         if rows == self.rows:
             return replace(self, lengths=lengths)
@@ -49,13 +53,99 @@ class ForwardState:
         }
         return ForwardState(scores, rows, lengths)
 
-    def kept(self) -> ForwardState:
-        """The state of what is generated next: a row that packs several prompts goes on with its last."""
-        scores = {
-            name: score[:, -1] if score is not None and score.dim() == 3 else score
+
+@dataclass(frozen=True)
+class Scored:
+    """The scores of the tokens of some rows, from their first on.
+
+    Attributes:
+        scores: for each adapter (B, K), or (B, T, K) where the tokens of a row differ; None counts as zero.
+        last: for each adapter (B, K), those of the turn that is running; None counts as zero.
+        begun: whether the answers of all rows have begun, () bool if it is a tensor.
+    """
+
+    scores: Scores
+    last: Scores
+    begun: Tensor | bool = True
+
+    def of_last_tokens(self, count: int) -> Scores:
+        """The scores of so many last tokens."""
+        return {
+            name: score[:, -count:] if score is not None and score.dim() == 3 else score
             for name, score in self.scores.items()
         }
-        return ForwardState(scores, self.rows)
+
+
+@dataclass
+class Generation:
+    """A generate call that is running.
+
+    Attributes:
+        scored: the scores of the prompts.
+        content: the tokens that the scores are of: those of the prompts, behind those of a cache; None without any.
+        rows: B.
+        cache: what the call's own forwards go on from, once it is known.
+        tokens: the number of tokens that its forwards have seen.
+    """
+
+    scored: Scored
+    content: Content | None
+    rows: int
+    cache: Any = None
+    tokens: int = 0
+
+    def continues(self, inputs: Inputs) -> bool:
+        """Whether a forward is part of this call: it goes on from its cache, or repeats its prompt."""
+        if self.content is None or torch.compiler.is_compiling():
+            return True
+        if inputs.caches:
+            # The call's own cache carries nothing before the call has ended.
+            if self.cache is None and history_of(inputs.caches[0]) is None:
+                self.cache = inputs.caches[0]
+            return any(cache is self.cache for cache in inputs.caches)
+        return inputs.encoded is not None or self.begins(inputs)
+
+    def begins(self, inputs: Inputs) -> bool:
+        """Whether rows of tokens begin with those of the prompts."""
+        assert self.content is not None
+        piece, prompt = inputs.embeds if inputs.ids is None else inputs.ids, self.content.pieces[0]
+        if not isinstance(piece, Tensor) or len(self.content.pieces) > 1 or piece.dim() != prompt.dim():
+            return False
+        rows, width = prompt.shape[:2]
+        if len(piece) % rows or piece.shape[1] < width:
+            return False
+        return torch.equal(piece[:, :width].to(prompt.device), prompt.repeat_interleave(len(piece) // rows, 0))
+
+    def state(self, inputs: Inputs) -> ForwardState:
+        """The state of one of its forwards: the scores of the tokens that this is called with."""
+        tokens = inputs.tokens
+        if all(score is None or score.dim() == 2 for score in self.scored.scores.values()) or tokens is None:
+            return ForwardState(self.scored.scores, self.rows)
+        count = tokens.shape[1]
+        return ForwardState(self._scores(self._start(inputs, count), count), self.rows)
+
+    def _start(self, inputs: Inputs, count: int) -> int:
+        """The number of tokens before those of a forward."""
+        assert self.content is not None
+        # A compiled graph cannot count; its prompt was run in one piece.
+        if torch.compiler.is_compiling():
+            return self.content.length if count == 1 else 0
+        start = next((cached_tokens(cache) for cache in inputs.caches), 0)
+        start = self.tokens if start is None else start
+        self.tokens = start + count
+        return start
+
+    def _scores(self, start: int, count: int) -> Scores:
+        scores: dict[str, Tensor | None] = {}
+        for name, score in self.scored.scores.items():
+            if score is not None and score.dim() == 3:
+                last = self.scored.last[name]
+                assert last is not None
+                inside = score[:, start : start + count]
+                new = last[:, None].expand(-1, count - inside.shape[1], -1)
+                score = torch.cat([inside, new], 1) if inside.shape[1] else last
+            scores[name] = score
+        return scores
 
 
 @dataclass(frozen=True)
@@ -74,15 +164,19 @@ class Override:
         """Whether no row is left to its own prompt."""
         return adapter_name in self.scores and self.chosen[adapter_name] is None
 
+    def covers_all(self, names: list[str]) -> bool:
+        """Whether no row of any of these adapters is left to its own prompt."""
+        return all(self.covers(name) for name in names)
+
     @property
     def rows(self) -> int:
         """N, which is 1 if all that was given is for all rows."""
         return max(len(scores) for scores in self.scores.values())
 
-    def apply(self, state: ForwardState, prompts: Prompts | None) -> ForwardState:
-        """The state of a forward with the steered rows replaced; `prompts` tells where they are in packed rows."""
-        expected = state.rows if prompts is None else prompts.count
-        scores = dict(state.scores)
+    def apply(self, scores: Scores, rows: int, packed: Prompts | None = None) -> dict[str, Tensor | None]:
+        """The scores of `rows` rows with the steered ones replaced; `packed` tells where they are in packed rows."""
+        expected = rows if packed is None else packed.sequences
+        changed = dict(scores)
         for name, given in self.scores.items():
             if name not in scores:
                 raise ValueError(
@@ -98,15 +192,16 @@ class Override:
             if computed is not None:
                 given = given.to(computed.device)
                 chosen = None if chosen is None else chosen.to(computed.device)
-            if prompts is not None and len(given) > 1:
-                given, chosen = prompts.spread(given), None if chosen is None else prompts.spread(chosen)
+            if packed is not None and len(given) > 1:
+                given = packed.spread_sequences(given)
+                chosen = None if chosen is None else packed.spread_sequences(chosen)
             elif computed is not None and computed.dim() == 3 and chosen is not None:
                 given, chosen = given[:, None], chosen[:, None]
             else:  # each row may become several later, so every row gets scores
-                given = given.expand(state.rows, -1)
+                given = given.expand(rows, -1)
             if chosen is not None:
                 given = torch.where(
                     chosen[..., None], given, torch.zeros_like(given) if computed is None else computed
                 )
-            scores[name] = given
-        return replace(state, scores=scores)
+            changed[name] = given
+        return changed
