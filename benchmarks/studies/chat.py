@@ -67,7 +67,8 @@ def right(model: Any, tokenizer: Any, chats: list[Chat], rows: Rows, batch_size:
     order = sorted(range(len(rows)), key=lambda number: len(texts[number]))
     for start in tqdm(range(0, len(rows), batch_size)):
         numbers = order[start : start + batch_size]
-        inputs = tokenizer([texts[i] for i in numbers], return_tensors="pt", padding=True, add_special_tokens=False)
+        options = {"return_tensors": "pt", "padding": True, "return_token_type_ids": False}
+        inputs = tokenizer([texts[i] for i in numbers], add_special_tokens=False, **options)
         inputs = inputs.to(model.device)
         new = model.generate(**inputs, max_new_tokens=14, do_sample=False, pad_token_id=tokenizer.pad_token_id)
         answers = tokenizer.batch_decode(new[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -40,7 +40,8 @@ def test_an_answer_is_that_of_its_own_row(base):
     chats = [[{"role": "user", "content": row["prompt"]}] for row in rows[:9]]
     wanted = []
     for one in chats:
-        ids = tokenizer(tokenizer.apply_chat_template(one, tokenize=False), return_tensors="pt")
+        text = tokenizer.apply_chat_template(one, tokenize=False)
+        ids = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
         new = model.generate(**ids, max_new_tokens=14, do_sample=False)[0, ids["input_ids"].shape[1] :]
         text = tokenizer.decode(new, skip_special_tokens=True)
         wanted.append({"answer": text.strip().split("\n")[0].rstrip(".")})

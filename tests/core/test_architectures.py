@@ -739,6 +739,7 @@ def _siglip():
     return model.eval()
 
 
+@pytest.mark.skipif(BEFORE_5, reason="SigLIP does not name its token embedding before transformers 5")
 def test_an_image_is_embedded_alike_whatever_text_stands_beside_it():
     model, ids, pixels = _siglip(), prompts(8), _pixels()
     adapted_layers = [name for name, module in model.named_modules() if isinstance(module, TRexLayer)]

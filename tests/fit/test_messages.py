@@ -33,7 +33,8 @@ def chats(users=USERS, size=8):
     rows = []
     for user in users:
         turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": user}]
-        rows.append(TOKENIZER.apply_chat_template(turns, add_generation_prompt=True)["input_ids"])
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+        rows.append(TOKENIZER.apply_chat_template(turns, **options)["input_ids"])
     return batches(rows, size)
 
 

@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import CACHE, PAD, adapted, prompts
+from conftest import BEFORE_5, CACHE, PAD, adapted, prompts
 from transformers import (
     BertConfig,
     BertModel,
@@ -90,6 +90,7 @@ def test_an_answer_that_is_cut_back_goes_on_with_its_prior(model):
     torch.testing.assert_close(step(model, cache, TOKENS), expected)
 
 
+@pytest.mark.skipif(BEFORE_5, reason="caches that are reset keep their number of tokens before transformers 5")
 def test_a_cache_that_is_reset_forgets(model):
     model = adapted()
     cache = filled(model)
@@ -147,6 +148,7 @@ def test_an_encoder_decoders_cache():
     torch.testing.assert_close(got, expected[order])
 
 
+@pytest.mark.skipif(BEFORE_5, reason="Mamba wants a cache_position in each forward before transformers 5")
 def test_a_state_space_models_cache():
     torch.manual_seed(0)
     config = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "initializer_range": 0.3}
@@ -428,6 +430,9 @@ def test_a_thread_has_blocks_of_its_own(model):
 @pytest.mark.parametrize("path", [{}, {"prompt_lookup_num_tokens": 2}], ids=["greedy", "assisted"])
 @pytest.mark.filterwarnings("ignore:.*past_key_values.*deprecated:FutureWarning")
 def test_a_cut_generation_goes_on(model, path):
+    if path and BEFORE_5:
+        pytest.skip("assisted generation needs an end token before transformers 5")
+
     def more(ids, count, **kwargs):
         settings = {"do_sample": False, "pad_token_id": PAD, "return_dict_in_generate": True, **kwargs}
         return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, **settings)
