@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import BEFORE_5, CACHE, PAD, adapted, prompts
+from conftest import BEFORE_5, CACHE, PAD, adapted, batches, prompts, randomize
 from transformers import (
     BertConfig,
     BertModel,
@@ -23,7 +23,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from peft_trex import TRexLayer, steer_trex
+from peft_trex import TRexLayer, initialize_trex_prior, steer_trex
 from peft_trex.prior.history import history_of
 
 ROWS = prompts(3, seed=2)
@@ -249,10 +249,6 @@ def test_a_call_within_generate_that_goes_on_with_its_prompt_has_its_prior(model
 def test_another_adapter_within_generate():
     model = adapted()
     model.add_adapter("judge", copy.deepcopy(model.peft_config["default"]))
-    from conftest import batches, randomize
-
-    from peft_trex import initialize_trex_prior
-
     randomize(model, "judge", seed=3)
     initialize_trex_prior(model, batches(seed=4), adapter_name="judge", progress=False)
 
