@@ -121,7 +121,7 @@ def test_the_ranks_decide_together():
 
 
 @pytest.mark.parametrize(
-    "setting", [False, {"before": MARKERS["before"][:1], "after": MARKERS["after"], "assistant": []}]
+    "setting", [False, {"before": MARKERS["before"][:-1], "after": MARKERS["after"], "assistant": []}]
 )
 def test_what_the_configuration_says_is_kept(setting):
     model = make_model(chat_markers=setting)

@@ -325,6 +325,18 @@ def test_a_chat_goes_on_from_its_cache(model, kind, conversation):
     assert equal or not KINDS[kind][1], warned
 
 
+def test_the_fit_takes_the_latest_message_of_rows_whose_answers_nobody_tells(kind, model):
+    tuner, table = model.base_model, model.get_input_embeddings().weight
+    rows = [torch.tensor([PAD] * (40 - len(f + p)) + f + p) for f, p in CONVERSATIONS.values() if f[:1] != SYSTEM[:1]]
+    batch = {"input_ids": torch.stack(rows), "attention_mask": (torch.stack(rows) != PAD).long()}
+    embeds, prompts_found = tuner.prompts.scorer.embed(batch)
+    assert len(embeds) == len(rows) and bool(prompts_found.known.all())
+    message = {"single turn": 0, "two turns": 2, "three turns": 2}
+    for embed, row, number in zip(embeds, rows, message.values(), strict=True):
+        tokens = torch.tensor(USERS[number]) if KINDS[kind][1] else row[row != PAD]
+        torch.testing.assert_close(embed, table[tokens].mean(0))
+
+
 @pytest.mark.parametrize("road", [from_a_shared_prefix, from_a_cropped_cache])
 def test_a_shared_prefix(model, kind, road):
     equal, warned = check(model, kind, road, "system prompt", told=False)

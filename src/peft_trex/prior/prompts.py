@@ -50,6 +50,12 @@ class Prompts:
         """The same prompts, of which the caller knows in how many sequences they are."""
         return replace(self, sequences=sequences)
 
+    def of_last_turns(self) -> Prompts:
+        """The prompts of the last turn of each row alone; packed rows keep all."""
+        if self.index is None or self.sequence is not None or self.earlier is not None:
+            return self
+        return replace(self, mask=self.mask & (self.index == self.index[:, -1:]), index=None, count=len(self.mask))
+
     @property
     def lengths(self) -> Tensor:
         """(P,) float32, the number of pooled tokens of each turn."""

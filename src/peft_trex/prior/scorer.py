@@ -63,6 +63,8 @@ class PromptScorer:
         embeds = self._embeddings(inputs, None, self.adapters.prior_of(names[0]) if names else None)
         prompts = inputs.prompts(self.adapters.is_causal(), markers)
         self._warn_untold(prompts, inputs, markers)
+        # Without a word on which answers are predicted, the one to the latest message is.
+        prompts = prompts if inputs.told else prompts.of_last_turns()
         return prompts.mean(embeds), prompts
 
     def _embeddings(self, inputs: Inputs, content: Content | None, prior: SemanticPrior | None) -> Tensor:
