@@ -319,7 +319,8 @@ def test_grpo_of_chats(tmp_path):
     trainer = _trainer("GRPO", tmp_path, data, _chat_model(), **settings, **reward)
     seen = _watch_rows(trainer.model)
     trainer.train()
-    _check_chat_fit(trainer, USERS)
+    # A prompt is the latest message, that of the second turn.
+    _check_chat_fit(trainer, USERS[1::2])
     expected = torch.stack([_scores_of(trainer.model, message) for message in USERS[1::2]])
     lengths = [ids.shape[1] for ids, _ in seen]
     assert 1 in lengths and max(lengths) > 40
