@@ -28,9 +28,10 @@ def steer_trex(model: nn.Module, semantic_prior: Any) -> Iterator[None]:
     adapters take no part; the token router stays as it is.
 
     Blocks hold for the context that they are entered in, as context variables do: for the coroutine, and for what
-    `asyncio.to_thread` starts within. A `threading.Thread` sees those around its start from Python 3.14 on, a
-    compiled forward those of its own thread, and a generator that yields within a block steers its caller meanwhile;
-    give the call itself `semantic_prior` there. A block takes away nothing but itself, in whatever order blocks end.
+    `asyncio.to_thread` starts within. A `threading.Thread` sees those around its start only where Python hands it
+    the context (`sys.flags.thread_inherit_context`, from Python 3.14 on), a compiled forward those of its own
+    thread, and a generator that yields within a block steers its caller meanwhile; give the call itself
+    `semantic_prior` there. A block takes away nothing but itself, in whatever order blocks end.
 
     Args:
         model: a model with a T-REX adapter.

@@ -10,9 +10,10 @@ import warnings
 import pytest
 import torch
 from conftest import CACHE, PAD, adapted, make_llama, prompts
+from peft import get_peft_model
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
 
-from peft_trex import initialize_trex_prior
+from peft_trex import TRexConfig, TRexLayer, initialize_trex_prior
 from peft_trex.prior.state import ForwardState
 
 BEFORE, AFTER, HEADER = [60, 61], [62], [63]
@@ -316,6 +317,16 @@ def test_ways_that_need_markers(model, kind, road, conversation):
     scope, marked = KINDS[kind]
     exact = marked and (scope == "answer" or road == "by hand without cache")
     assert equal or not exact, warned
+
+
+def test_the_scope_answer_needs_a_model_that_writes_answers():
+    for task in ("SEQ_CLS", "FEATURE_EXTRACTION"):
+        base = make_llama()
+        with pytest.raises(ValueError, match=rf"prior_scope='answer' needs .* This is a Llama.*task_type='{task}'"):
+            get_peft_model(base, TRexConfig(prior_scope="answer", task_type=task))
+        assert not any(isinstance(module, TRexLayer) for module in base.modules())
+    adapted("t5", prior_scope="answer")
+    adapted(task_type=None, prior_scope="answer")
 
 
 @pytest.mark.parametrize("conversation", ["two turns", "three turns", "system and two turns"])

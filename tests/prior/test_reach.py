@@ -5,6 +5,7 @@ import copy
 import gc
 import inspect
 import pickle
+import sys
 import threading
 import weakref
 
@@ -197,7 +198,7 @@ def generate(model, ids=ROWS[:1], action=None, **kwargs):
     processor = Within(action or (lambda _: None))
     with torch.no_grad():
         output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False, pad_token_id=PAD,
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False, pad_token_id=PAD,
             logits_processor=LogitsProcessorList([processor]), **kwargs,
         )  # fmt: skip
     return output, processor.results
@@ -416,11 +417,35 @@ def test_blocks_of_generators_that_end_in_any_order(model):
 def test_a_thread_has_blocks_of_its_own(model):
     plain, steered, results = run(model), run(model, semantic_prior=1), []
     with steer_trex(model, 1):
-        thread = threading.Thread(target=lambda: results.append(run(model, semantic_prior=1)))
-        thread.start()
-        thread.join()
-    torch.testing.assert_close(results[0], steered)
+        for given in ({}, {"semantic_prior": 1}):
+            thread = threading.Thread(target=lambda given=given: results.append(run(model, **given)))
+            thread.start()
+            thread.join()
+    inherits = getattr(sys.flags, "thread_inherit_context", False)
+    torch.testing.assert_close(results[0], steered if inherits else plain)
+    torch.testing.assert_close(results[1], steered)
     torch.testing.assert_close(run(model), plain)
+
+
+@torch.no_grad()
+def test_a_call_within_an_encoder_decoders_generate_has_its_own_prior():
+    t5 = adapted("t5")
+    start = torch.zeros(1, 2, dtype=torch.long)
+    encoded = t5.get_base_model().get_encoder()(input_ids=OTHER)
+    actions = [
+        lambda _: t5(input_ids=OTHER, decoder_input_ids=start).logits,
+        lambda _: t5(encoder_outputs=encoded, decoder_input_ids=start).logits,
+        lambda _: t5.generate(input_ids=OTHER, max_new_tokens=4, do_sample=False).float(),
+    ]
+    alone = [action(None) for action in actions]
+    for settings in ({}, {"num_beams": 2}, {"use_cache": False}):
+        plain, _ = generate(t5, **settings)
+        for action, expected in zip(actions, alone, strict=True):
+            output, results = generate(t5, action=action, **settings)
+            assert torch.equal(output, plain)
+            for result in results:
+                torch.testing.assert_close(result, expected)
+    assert_idle(t5)
 
 
 @pytest.mark.parametrize("path", [{}, {"prompt_lookup_num_tokens": 2}], ids=["greedy", "assisted"])

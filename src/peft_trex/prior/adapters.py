@@ -75,8 +75,12 @@ class Adapters:
         if self.two_sided:
             return False
         tasks = {self.configs[name].task_type for name in self.active()} - {None}
-        if tasks:
-            return TaskType.CAUSAL_LM in tasks
+        return any(map(self.is_causal_task, tasks or {None}))
+
+    def is_causal_task(self, task: Any) -> bool:
+        """Whether the base model is a causal language model for an adapter of this task, None for an unnamed one."""
+        if task is not None:
+            return task == TaskType.CAUSAL_LM
         return isinstance(self.base, PreTrainedModel) and self.base.can_generate()
 
     def embedding(self) -> nn.Embedding | None:

@@ -103,10 +103,10 @@ def _latest(flags: Tensor, places: Tensor) -> Tensor:
 
 def _ends(ids: Tensor, marker: Sequence[int]) -> Tensor:
     """(B, T) bool, where the last token of a marker stands."""
-    found = torch.ones_like(ids, dtype=torch.bool)
+    ends = torch.ones_like(ids, dtype=torch.bool)
     for back, token in enumerate(reversed(marker)):
-        found = found & F.pad(ids == token, (back, 0))[:, : ids.shape[1]]
-    return found
+        ends = ends & F.pad(ids == token, (back, 0))[:, : ids.shape[1]]
+    return ends
 
 
 def _begins(ids: Tensor, marker: Sequence[int]) -> Tensor:

@@ -128,8 +128,8 @@ class Conversations:
             )
             if history is not None and set(names) <= set(history.last) and fits:
                 return history
-        known = [tokens for _, tokens in filled if tokens is not None]
-        if known and (override is None or not override.covers_all(names)):
+        lengths = [tokens for _, tokens in filled if tokens is not None]
+        if lengths and (override is None or not override.covers_all(names)):
             self.scorer.warn_once(
                 "cache",
                 "A forward goes on from a cache whose prompt T-REX did not see; the prior is computed from the tokens "
@@ -157,6 +157,9 @@ class Conversations:
             content = new
         whole = content if history is not None else None
         scored = self.scorer.score(inputs, embeds, names, override, whole)
+        if self.adapters.two_sided:
+            # The prompt tells the call's own forwards from others; its tokens are the encoder's.
+            return Generation(scored, inputs.content(causal=False), inputs.rows, *inputs.caches[:1])
         if history is not None and content is not None:
             self._warn_of_former(history, scored, content, override)
         return Generation(scored, content, inputs.rows, *inputs.caches[:1])
@@ -183,6 +186,9 @@ class Conversations:
         if cache is None or content is None:
             return
         attach(cache, None)
+        # A decoder's cache does not hold the prompt's tokens.
+        if self.adapters.two_sided:
+            return
         sequences = getattr(output, "sequences", output)
         cached = cached_tokens(cache)
         rows = content.attended.shape[0]

@@ -140,8 +140,8 @@ class PromptWatch:
             if generation is not None and generation.continues(inputs):
                 frame.state = generation.state(inputs).for_call(inputs.rows, inputs.lengths)
             else:
-                found = self.conversations.forward(inputs, embeds, names, override, module.training)
-                frame.state, frame.history = found
+                conversation = self.conversations.forward(inputs, embeds, names, override, module.training)
+                frame.state, frame.history = conversation
         if coefficients:
             assert frame.state is not None
             frame.state = replace(frame.state, losses=self.losses.start(coefficients, inputs))

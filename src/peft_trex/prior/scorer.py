@@ -73,17 +73,17 @@ class PromptScorer:
         pieces: tuple[Any, ...] = (inputs.embeds if inputs.embeds is not None else inputs.ids,)
         if content is not None:
             pieces = content.pieces
-        found = [
+        looked_up = [
             piece if isinstance(piece, Tensor) and piece.is_floating_point() else self.look_up(embedding, piece, prior)
             for piece in pieces
             if piece is not None and (embedding is not None or inputs.embeds is not None)
         ]
-        if not found:
+        if not looked_up:
             raise ValueError(
                 "T-REX computes the prior from the prompt's tokens, but got neither input_ids nor inputs_embeds (only "
                 f"{list(inputs.given)}). Pass them, an encoder's own output object, or use prior_encoder='external'."
             )
-        return found[0] if len(found) == 1 else torch.cat([piece.to(found[0]) for piece in found], 1)
+        return torch.cat([piece.to(looked_up[0]) for piece in looked_up], 1)
 
     def look_up(self, embedding: nn.Embedding, ids: Any, prior: SemanticPrior | None = None) -> Tensor:
         """The frozen embeddings (..., d) of token ids, as a prior reads them or as the base model has them."""

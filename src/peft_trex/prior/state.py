@@ -103,7 +103,8 @@ class Generation:
             if self.cache is None and history_of(inputs.caches[0]) is None:
                 self.cache = inputs.caches[0]
             return any(cache is self.cache for cache in inputs.caches)
-        return inputs.encoded is not None or self.begins(inputs)
+        # An encoder's output that carries a history is of another call.
+        return self.begins(inputs) if inputs.encoded is None else history_of(inputs.encoded) is None
 
     def begins(self, inputs: Inputs) -> bool:
         """Whether rows of tokens begin with those of the prompts."""
