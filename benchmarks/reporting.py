@@ -1,4 +1,4 @@
-"""What the reports share: reading rows, and writing tables between a pair of markers."""
+"""What the reports share: reading rows, and writing tables into a file of their own or between a pair of markers."""
 
 from __future__ import annotations
 
@@ -54,6 +54,12 @@ def table(head: list[str], lines: Iterable[list[str]]) -> str:
 
 def millions(row: Row) -> str:
     return f"{row['trainable'] / 1e6:.3g} M" if row["trainable"] else ""
+
+
+def page(path: Path, title: str, script: str, parts: Iterable[str]) -> None:
+    """Write a whole file of what a report found; nobody else writes into it."""
+    said = f"`python benchmarks/{script}` writes this file; [the benchmarks](../README.md) say what the figures mean."
+    path.write_text("\n".join([f"# {title}\n", f"{said}\n", *parts]), encoding="utf-8")
 
 
 def surroundings(readme: Path, begin: str, end: str) -> tuple[str, str]:
