@@ -88,7 +88,11 @@ def test_an_answer_that_is_cut_back_goes_on_with_its_prior(model):
         step(model, cache, torch.full((3, 1), token))
     cache.crop(-3)
     assert history_of(cache).content.length == ROWS.shape[1]
+    # The turn goes on, so its prior need not be computed again, which the next token would wait for.
+    assert not history_of(cache).is_cut
     torch.testing.assert_close(step(model, cache, TOKENS), expected)
+    cache.crop(-2)
+    assert history_of(cache).is_cut
 
 
 @pytest.mark.skipif(BEFORE_5, reason="caches that are reset keep their number of tokens before transformers 5")

@@ -82,7 +82,8 @@ class History:
         content: the rows' tokens; None where they are not known, as in compiled forwards.
         seen: for each piece of the content, the scores that its tokens had, (B, K) or (B, T_i, K), by adapter.
         begun: whether the answers of all rows have begun, () bool if it is a tensor.
-        is_cut: whether tokens were taken away, so that another turn may be running than that of `last`.
+        is_cut: whether more than the end of an answer was taken away, so that another turn may be running than that
+            of `last`.
     """
 
     last: Mapping[str, Tensor | None]
@@ -120,7 +121,10 @@ class History:
                 cut = {name: None if score is None else score[:, :width] for name, score in scores.items()}
                 kept.append((cut, width))
                 left -= width
-        return replace(self, content=self.content.cut(length), seen=tuple(kept), is_cut=True)
+        # What drafts or tries tokens takes them away again, and the turn that they answered goes on.
+        answered, dropped = self.content.answered, ~self.content.attended[:, length:]
+        inside = answered is not None and bool((dropped | answered[:, length:]).all())
+        return replace(self, content=self.content.cut(length), seen=tuple(kept), is_cut=self.is_cut or not inside)
 
     def seen_by(self, name: str) -> Tensor | None:
         """(B, T, K), the scores that all tokens had for an adapter; None where they are not known."""
