@@ -12,11 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from datasets import load_dataset
-from quality import operations
+from quality import micro_tasks, operations
 
 Row = dict[str, str]
 COLUMNS = ("task", "prompt", "answer")
 FORMAT = "Answer format:"
+COMMON = {"train", "validation", "test", "seed", "tasks"}
+# What the families take besides; the last two are in the language of the micro tier's base model.
+DIALS: dict[str, set[str]] = {
+    "generated": {"conflict"},
+    "folder": set(),
+    "hub": set(),
+    "conflict": {"pairs", "edits", "orders"},
+    "easy": {"edits", "orders"},
+}
+MICRO = ("conflict", "easy")
 
 
 @dataclass(frozen=True)
@@ -45,19 +55,25 @@ def load(settings: Mapping[str, Any], folder: Path | None = None) -> Corpus:
     """The corpus that an experiment's `data` names.
 
     Args:
-        settings: `family` ("generated", "folder" or "hub") and what that family takes: `train`, `validation` and
-            `test`, rows of each task (None takes all of a folder's or the hub's, `validation` being taken from the
-            training rows); `seed`; `tasks` (generated: how many; else: their names, None for all) and `conflict`.
+        settings: `family` (one of `DIALS`) and what that family takes: `train`, `validation` and `test`, rows of each
+            task (None takes all of a folder's or the hub's, `validation` being taken from the training rows); `seed`;
+            `tasks` (folder and hub: their names, None for all; else: how many) and the family's own `DIALS`.
         folder: where the family "folder" finds train.jsonl and test.jsonl, or the same with .gz.
 
     Raises:
         ValueError: for settings that are unknown or missing, or data that do not fit them.
     """
-    known = {"family", "train", "validation", "test", "seed", "tasks", "conflict"}
     options = dict(settings)
     family = options.pop("family", None)
-    if unknown := set(options) - known:
-        raise ValueError(f"data: {', '.join(sorted(unknown))} is unknown; known are {', '.join(sorted(known))}.")
+    if family not in DIALS:
+        raise ValueError(f"data: family={family!r} is unknown; it must be one of {', '.join(DIALS)}.")
+    if unknown := set(options) - COMMON - DIALS[family]:
+        raise ValueError(
+            f"data: {', '.join(sorted(unknown))} is unknown in the family {family!r}; known are "
+            f"{', '.join(sorted(COMMON | DIALS[family]))}."
+        )
+    if family in MICRO:
+        return Corpus(**micro_tasks.generate(family, **options), settings=dict(settings))
     if family == "generated":
         counts = {name: options.pop(name) for name in ("train", "test", "validation") if name in options}
         parts = operations.generate(**counts, **options)
@@ -69,12 +85,8 @@ def load(settings: Mapping[str, Any], folder: Path | None = None) -> Corpus:
                 "data: the family 'folder' needs --data, a folder with train.jsonl[.gz] and test.jsonl[.gz]."
             )
         parts = {name: _read(folder, name) for name in ("train", "test")}
-    elif family == "hub":
-        parts = {name: _from_hub(name, options.get("tasks")) for name in ("train", "test")}
     else:
-        raise ValueError(f"data: family={family!r} is unknown; it must be 'generated', 'folder' or 'hub'.")
-    if "conflict" in options:
-        raise ValueError("data: conflict is a dial of the family 'generated' only.")
+        parts = {name: _from_hub(name, options.get("tasks")) for name in ("train", "test")}
     return _pick(parts, options, dict(settings))
 
 

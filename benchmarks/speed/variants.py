@@ -92,6 +92,7 @@ class Adapted:
     layers: int  # that follow each other, which Lily shares between
     kwargs: dict[str, Any]  # target_modules and the like
     trex: dict[str, Any]  # what T-REX needs besides
+    tasks: int = 0  # that the data are of, where a variant has a part for each
 
 
 def _equal_rank(on: Adapted, r_a: int = 4, r_b: int = 8) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from quality import report
-from quality.report import BASE, EQUAL, LORA, NO_PRIOR, NO_ROUTER, TREX, Interval
+from quality.report import BASE, EQUAL, LORA, NO_PRIOR, NO_ROUTER, ORACLE, TREX, Interval
 from scipy import stats
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -470,3 +470,72 @@ def test_the_verdict_is_that_of_the_rows_that_are_there():
     # the last digit may hang on the CPU
     numbers = [[float(value) for value in number.findall(text)] for text in (written, said)]
     assert numbers[0] == pytest.approx(numbers[1], abs=0.011) and len(numbers[0]) > 50
+
+
+# where there is something to gain, and how soon
+
+
+def test_the_oracle_tells_whether_a_regime_can_tell(written):
+    text, _ = written(_runs({ORACLE: 0.3, LORA: 0.0, TREX: 0.0}))
+    assert "**This regime can tell**: the oracle beats LoRA r=32: accuracy **holds here**" in text
+    text, _ = written(_runs({ORACLE: 0.0, LORA: 0.0}))
+    assert "**This regime cannot tell**: the oracle beats LoRA r=32: accuracy **cannot be told**" in text
+    text, _ = written(_runs({ORACLE: -0.3, LORA: 0.0}))
+    assert "**This regime cannot tell**" in text
+    text, _ = written(_runs({TREX: 0.3, LORA: 0.0}))
+    assert "This regime" not in text
+
+
+def _paced(steps, window=10):
+    """Runs with steps to a loss of 0.1, by method and seed."""
+    return [
+        _row(method, seed, loss_steps={"1": 5, "0.1": own}, loss_window=window)
+        for method, by_seed in steps.items()
+        for seed, own in enumerate(by_seed, 1)
+    ]
+
+
+def test_table_of_steps_to_a_loss(written):
+    rows = [*_paced({TREX: (20, 30, 40), LORA: (80, 60, 80), EQUAL: (None, 60, 80), ORACLE: (None,) * 3}), _row(BASE)]
+    text = written(rows)[0].split("**Steps to a training loss**")[1].split("\n\n**")[0]
+    assert "the mean of 10 steps" in text and f"| {BASE} |" not in text
+    ratios = np.log([0.25, 0.5, 0.5])
+    low, high = np.exp(stats.t.interval(0.95, 2, ratios.mean(), stats.sem(ratios)))
+    ratio = f"{np.exp(ratios.mean()):.2f} ({low:.2f} to {high:.2f})"
+    assert _line(text, TREX)[1:] == ["3", "5 (5 to 5)", "30 (20 to 40)", "1.00 (1.00 to 1.00)", ratio]
+    assert _line(text, LORA)[1:] == ["3", "5 (5 to 5)", "80 (60 to 80)", "", ""]
+    assert _line(text, EQUAL)[3] == "70 (60 to 80) in 2 of 3 seeds" and _line(text, EQUAL)[5].startswith(
+        "at least 1.08"
+    )
+    assert _line(text, ORACLE)[3] == "not reached" and _line(text, ORACLE)[5].startswith("at least 1.37")
+    assert "**Steps to" not in written(_runs({TREX: 0.1}))[0]  # rows of before they were counted
+
+
+def test_a_loss_that_was_not_reached_bounds_the_ratio():
+    def runs(*steps):
+        return {seed: {"steps": 100, "loss_steps": {"0.1": own}} for seed, own in enumerate(steps)}
+
+    found = report.pace(runs(20, 50), runs(None, 100), "0.1")
+    assert found.bound == "at most" and found.seeds == 2
+    assert found.mean == pytest.approx(np.log([0.2, 0.5]).mean())
+    assert report.pace(runs(20, None), runs(40, None), "0.1").seeds == 1  # what nobody reached tells nothing
+    assert report.pace(runs(20, None), runs(None, 40), "0.1") is None  # bounds to both sides
+    assert report.pace(runs(None), runs(None), "0.1") is None
+
+
+def test_table_of_scales(written):
+    scores = {(1.0, 0.001): -2.0, (1.0, 0.003): -1.5, (2.0, 0.001): -1.0, (2.0, 0.003): -1.2, (4.0, 0.001): -1.4}
+    tune = [
+        _row(LORA, 0, phase="tune", learning_rate=rate, scale=scale, log_likelihood=score, fingerprint=str(scale))
+        for (scale, rate), score in scores.items()
+    ]
+    text = written([*_runs({LORA: 0.1}), *tune])[0].split("**Learning rates**")[1]
+    assert _line(text, LORA)[1:] == ["-2.000", "-1.500"]
+    assert _line(text, f"{LORA}, scale x 2")[1:] == ["**-1.000** (!)", "-1.200"]  # its rate is at the edge
+    assert _line(text, f"{LORA}, scale x 4")[1:] == ["-1.400", ""]
+
+
+def test_no_plot_of_more_tasks_than_can_be_read(written, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "MOST_BARS", 3)
+    text, code = written(_runs({TREX: 0.1, LORA: 0.0}))
+    assert code == 0 and "generated-small-curves.png" in text and "generated-small-tasks.png" not in text
