@@ -275,7 +275,8 @@ def pace(own: Runs, other: Runs, level: str) -> Pace | None:
         mine, others = (_loss_steps(runs[seed]).get(level) for runs in (own, other))
         if mine is None and others is None:
             continue
-        bounds |= {"at most"} * (others is None) | {"at least"} * (mine is None)
+        if mine is None or others is None:
+            bounds.add("at least" if mine is None else "at most")
         ratios.append(np.log((mine or own[seed]["steps"]) / (others or other[seed]["steps"])))
     if not ratios or len(bounds) > 1:
         return None

@@ -507,7 +507,7 @@ def test_table_of_steps_to_a_loss(written):
     assert _line(text, EQUAL)[3] == "70 (60 to 80) in 2 of 3 seeds" and _line(text, EQUAL)[5].startswith(
         "at least 1.08"
     )
-    assert _line(text, ORACLE)[3] == "not reached" and _line(text, ORACLE)[5].startswith("at least 1.37")
+    assert _line(text, ORACLE)[3] == "not reached" and _line(text, ORACLE)[5].startswith("at least 1.38")
     assert "**Steps to" not in written(_runs({TREX: 0.1}))[0]  # rows of before they were counted
 
 
