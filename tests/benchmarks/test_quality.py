@@ -174,7 +174,8 @@ def test_a_run_that_is_killed_goes_on_from_its_checkpoint(tmp_path, tiny_model, 
     resumed, whole = _rows(tmp_path), _rows(tmp_path / "whole")
     assert resumed[1]["train_seconds"] is None and whole[1]["train_seconds"] > 0
     assert len(resumed) == len(whole) == 2
-    for name in ("curve", "examples", "diagnosis", "trainable"):
+    assert len(resumed[1]["curve"]) == 30 and set(resumed[1]["loss_steps"]) == {"1", "0.3", "0.1"}
+    for name in ("curve", "loss_steps", "examples", "diagnosis", "trainable"):
         assert resumed[1][name] == whole[1][name], name
 
 
