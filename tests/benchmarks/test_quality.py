@@ -429,7 +429,8 @@ def test_every_method_trains(name, texts):
         if model.active_peft_config.expert_layout == "paired":
             assert ranks is None
         elif model.active_peft_config.use_prior or model.active_peft_config.init_weights != "zero_router":
-            assert max(ranks) > 1.01 and min(ranks) >= 1  # where omega has not shut the prior out
+            # omega may shut the prior out, and without a router nothing is left then
+            assert max(ranks) > 1.01 and min(ranks) >= model.active_peft_config.use_router
         else:  # nothing tells the output vectors apart
             assert ranks == pytest.approx([1] * 14, abs=1e-3)
 
