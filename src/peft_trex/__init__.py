@@ -22,8 +22,9 @@ from .mixture import rank_one_mixture
 from .model import TRexModel
 from .prior.chat import chat_markers
 from .steer import steer_trex
+from .version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "LayerRouting",

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from inspect import cleandoc
 from types import MappingProxyType
@@ -13,9 +13,10 @@ from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType
 
-from .loading import check_adapter_file
+from .loading import check_against_config, check_weights, known_fields, read_config
 from .mixture import num_experts
 from .prior.chat import check_markers
+from .version import VERSION
 
 
 @dataclass
@@ -87,6 +88,8 @@ class TRexConfig(PeftConfig):
         layers_pattern: Name of the `nn.ModuleList` that these indices count, when it is not one of the usual ones.
         fan_in_fan_out: True if the base layer stores its weight as (in, out); transformers' `Conv1D` needs no hint.
         bias: Which biases are trained and saved: none, all of the model, those of the adapted layers.
+        peft_trex_version: The release of this package that wrote the adapter's file; None for an adapter that is no
+            file yet, and for files of before there was this field. Saving writes the release that saves.
 
     Raises:
         ValueError, TypeError: naming the field, the value and the rule, for every value or combination that cannot be.
@@ -123,6 +126,7 @@ class TRexConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "trex_only"] = "none"
+    peft_trex_version: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -151,11 +155,15 @@ class TRexConfig(PeftConfig):
             return self.use_prior and self.num_clusters != self.num_experts
         return self.use_prior and self.prior_map == "learned"
 
-    def vectors_of(self, layer: str) -> tuple[list[int], list[int]]:
+    def vectors_of(self, layer: str) -> tuple[Sequence[int], Sequence[int]]:
         """The input and the output vectors that a layer has, by their numbers in one of full size."""
-        full = {"inputs": list(range(self.r_a)), "outputs": list(range(self.r_b))}
-        entry = self.expert_pattern.get(layer, full)
-        return entry["inputs"], entry["outputs"]
+        entry = self.expert_pattern.get(layer)
+        return (range(self.r_a), range(self.r_b)) if entry is None else (entry["inputs"], entry["outputs"])
+
+    def num_experts_of(self, layer: str) -> int:
+        """The number of experts that a layer has."""
+        inputs, outputs = self.vectors_of(layer)
+        return num_experts(len(inputs), len(outputs), self.expert_layout)
 
     def experts_of(self, layer: str) -> list[int]:
         """The experts that a layer has, by their numbers in one of full size."""
@@ -167,16 +175,37 @@ class TRexConfig(PeftConfig):
     def token_scale_of(self, layer: str) -> float:
         """c_token of a layer."""
         scale = self.expert_pattern.get(layer, {}).get("token_scale", self.token_scale)
-        return float(len(self.experts_of(layer)) if scale is None else scale)
+        return float(self.num_experts_of(layer) if scale is None else scale)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as PEFT writes them, and the release that writes them."""
+        return {**super().to_dict(), "peft_trex_version": VERSION}
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> "TRexConfig":
-        """Load as every PEFT config, after a check that the adapter's weights beside it can be read at all."""
+        """Load as every PEFT config, after a look at the weights beside it: their names and shapes, not their data.
+
+        Raises:
+            ValueError: if a file is damaged, no safetensors, or of other shapes than the configuration asks for.
+        """
         folder = os.path.join(str(pretrained_model_name_or_path), subfolder or "")
-        check_adapter_file(folder)
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        check_weights(folder)
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        check_against_config(folder, config)
+        return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """Read as PEFT does, but refuse what is too large or nested too deep."""
+        read_config(path_json_file)
+        return super().from_json_file(path_json_file, **kwargs)
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """The fields of a file that this release knows, with a warning of others."""
+        return known_fields(cls, kwargs)
 
     def _check_values(self) -> None:
         for name, kind in TRexConfig.__annotations__.items():
@@ -186,6 +215,11 @@ class TRexConfig(PeftConfig):
                 if not any(value == choice and isinstance(value, type(choice)) for choice in choices):
                     raise ValueError(f"{name}={value!r} is unknown; it must be one of {', '.join(map(str, choices))}.")
         check_markers(self.chat_markers)
+        for name in NAMES:
+            value = getattr(self, name)
+            names = [] if value is None else [value] if isinstance(value, str) else value
+            if not isinstance(names, (list, tuple, set)) or not all(isinstance(each, str) for each in names):
+                raise TypeError(f"{name}={value!r} must be a name or a list of names.")
         for rule, (names, _) in NUMBERS.items():
             for name in names:
                 value = getattr(self, name)
@@ -263,6 +297,7 @@ class TRexConfig(PeftConfig):
 
 POSITIVE = "a positive, finite number"
 COUNTS = ("r_a", "r_b", "num_clusters", "prior_dim", "prior_whitening", "router_rank", "router_top_k")
+NAMES = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
 # The rules of the numbers, in words and as a function. Where the default is None, None is allowed too.
 NUMBERS: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
     "a whole number of at least 1": (COUNTS, lambda x: isinstance(x, int) and x >= 1),

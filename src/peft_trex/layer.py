@@ -150,6 +150,7 @@ class Linear(nn.Module, TRexLayer):
             name = type(self.get_base_layer()).__name__
             warnings.warn(f"fan_in_fan_out=True does not fit a {name} and is ignored there.", stacklevel=2)
         self._active_adapter = adapter_name
+        self.register_load_state_dict_pre_hook(TRexParameters.make_room)
         self.update_layer(adapter_name, config, layer_name)
 
     def get_delta_weight(self, adapter: str) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .config import TRexConfig
 from .layer import APPROXIMATE, Linear, TRexLayer
-from .loading import PREFIX, STATIC, check_complete, explain_wrong_shapes, split_static
+from .loading import PREFIX, STATIC, check_shapes, check_tensors, check_values, newer_writer, split_static
 from .prior.adapters import Adapters, find_embedding
 from .prior.channel import PriorChannel
 from .prior.hooks import PromptWatch
@@ -25,7 +25,7 @@ from .prior.reach import encoder_modules, modules_outside
 from .prior.semantic_prior import SemanticPrior
 from .quantized import check_mergeable, keep_trainable, release
 from .saved_rows import SavedRows
-from .targets import check_pattern, check_target, check_untied, settle_targets
+from .targets import check_pattern, check_patterns, check_target, check_untied, settle_targets
 from .unsuited import keep_called
 
 # TRL's trainers that train an adapter further, such as DPO's, add a reference adapter of this name with the very
@@ -63,7 +63,7 @@ class TRexModel(BaseTuner):
         # The adapters of a tuner that was here before go on under this one.
         for _, layer in self.trex_layers():
             self.trex_prior.update(dict(layer.adopt(self.prompts.channel).items()))
-        self.register_load_state_dict_pre_hook(explain_wrong_shapes)
+        self.register_load_state_dict_pre_hook(check_shapes)
 
     def _names_of_active(self) -> list[str]:
         """The active adapters. A method, unlike a lambda, is copied with the model that it belongs to."""
@@ -80,6 +80,7 @@ class TRexModel(BaseTuner):
         if not adapter_name or "." in adapter_name:
             raise ValueError(f"An adapter cannot be called {adapter_name!r}: it must be neither empty nor hold a dot.")
         config = self.config_of(adapter_name)
+        check_patterns(config, self.model)
         adapters = self.prompts.adapters
         if config.prior_scope == "answer" and not (adapters.two_sided or adapters.is_causal_task(config.task_type)):
             raise ValueError(
@@ -246,7 +247,8 @@ class TRexModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        # PEFT takes a file for complete, and its tensors for those that the layers have from the start.
+        # PEFT takes a file for complete, its tensors for those that the layers have from the start, and all that it
+        # holds for the adapter's own. The model stays as it is until all of them are checked.
         assert isinstance(config, TRexConfig)
         layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, TRexLayer)}
         layers = {name: layer for name, layer in layers.items() if adapter_name in layer.trex_A}
@@ -254,11 +256,16 @@ class TRexModel(BaseTuner):
         rows, others = saved_rows.split(state_dict)
         static, others = split_static(layers, adapter_name, config.num_clusters, others)
         tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, others)
-        check_complete(adapter_name, saved_rows.split(model.state_dict())[1], tensors)
-        tensors |= saved_rows.for_model(rows, tensors)
-        for name, layer in layers.items():
-            layer.keep_static(adapter_name, torch.zeros_like(static[name]) if name in static else None)
-        return tensors | {f"{name}.{STATIC}.{adapter_name}": weights for name, weights in static.items()}
+        in_model = saved_rows.split(model.state_dict())[1]
+        saved = super()._get_adapter_state_dict(model, config, adapter_name, in_model, [])
+        biases = {key for key in saved if key.endswith("bias")}
+        embeddings = saved_rows.check_embeddings(model, tensors, in_model)
+        newer = newer_writer(config.peft_trex_version)
+        check_tensors(adapter_name, in_model, tensors, biases | embeddings, newer)
+        cores = {f"{name}.{STATIC}": weights for name, weights in static.items()}
+        check_values(cores, in_model)
+        # A layer makes room for its static weights, or drops them, when they are loaded.
+        return tensors | saved_rows.for_model(rows, tensors) | {f"{key}.{adapter_name}": cores[key] for key in cores}
 
     def calibrated_adapters(self) -> set[str]:
         """The adapters that have static weights, which merging uses; see [`calibrate_trex_merge`]."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -68,8 +68,8 @@ class TRexParameters(BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: TRexConfig, layer_name: str = "") -> None:
         """Add an adapter, or replace the one of this name; the layer's own name tells which experts it has."""
-        (inputs, outputs), chosen = config.vectors_of(layer_name), config.experts_of(layer_name)
-        experts, width = len(chosen), config.router_rank or self.in_features
+        inputs, outputs = config.vectors_of(layer_name)
+        experts, width = config.num_experts_of(layer_name), config.router_rank or self.in_features
         shapes = {
             "trex_A": (len(inputs), self.in_features),
             "trex_B": (self.out_features, len(outputs)),
@@ -103,7 +103,7 @@ class TRexParameters(BaseTunerLayer):
         self.trex_chosen.pop(adapter_name, None)
         if config.use_prior and not config.learned_map and experts < config.num_experts:
             # No state dict has it, so it must not be made on the meta device, as parameters may be.
-            self.trex_chosen[adapter_name] = torch.tensor(chosen, device="cpu")
+            self.trex_chosen[adapter_name] = torch.tensor(config.experts_of(layer_name), device="cpu")
         # PEFT keeps these frozen whenever it makes the adapter trainable. The dict belongs to PEFT's class at first.
         frozen = ("trex_A", "trex_B") if config.trainable == "router" else ()
         self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: frozen}
@@ -140,6 +140,13 @@ class TRexParameters(BaseTunerLayer):
             self._channel.calibrated.add(adapter_name)
         elif adapter_name in self.trex_static:
             del self.trex_static[adapter_name]
+
+    def make_room(self, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+        """A hook before adapters are loaded: take over as many static weights as there are for each, or none."""
+        for name in list(self.trex_A):
+            if f"{prefix}trex_A.{name}" in state_dict:
+                static = state_dict.get(f"{prefix}trex_static.{name}")
+                self.keep_static(name, None if static is None else torch.zeros_like(static))
 
     def adopt(self, channel: PriorChannel) -> nn.ModuleDict:
         """Read from another channel from now on; the priors of the former one are returned."""

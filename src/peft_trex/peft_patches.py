@@ -9,10 +9,15 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from .loading import PREFIX, check_adapter_file, complete_card
+from huggingface_hub import hf_hub_download
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+from .loading import FOREIGN, IN_FILE, PICKLE, PREFIX, check_config, check_weights, complete_card
+from .prior.hooks import PromptWatch
 
 Method = Callable[..., Any]
 MARK = "_trex_replacement"
@@ -22,26 +27,39 @@ def patch_peft_model(model_class: type) -> None:
     """Replace methods of `peft.PeftModel`; a method that is replaced already stays as it is."""
     for name, replacement in REPLACEMENTS.items():
         method = getattr(model_class, name, None)
-        if method is not None and not _is_replacement(inspect.unwrap(method, stop=_is_replacement)):
+        if method is None or _is_replacement(inspect.unwrap(method, stop=_is_replacement)):
+            continue
+        if inspect.ismethod(method):
+            setattr(model_class, name, classmethod(_marked(replacement, method.__func__)))
+        else:
             setattr(model_class, name, _with_adapter(replacement, method))
 
 
 def _is_replacement(method: Any) -> bool:
     # functools.wraps copies attributes to whatever wraps a replacement later, so the mark names its own function.
-    return getattr(method, MARK, None) is method
+    return getattr(method, MARK, None) is getattr(method, "__func__", method)
 
 
-def _with_adapter(replacement: Method, original: Method) -> Method:
-    """The method that takes the replacement, which gets the original, for a model with a T-REX adapter."""
+def _marked(replacement: Method, original: Method) -> Method:
+    """The function that takes the replacement, which gets the original."""
 
     @functools.wraps(original)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(config.peft_type == "TREX" for config in self.peft_config.values()):
-            return replacement(original, self, *args, **kwargs)
-        return original(self, *args, **kwargs)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        return replacement(original, *args, **kwargs)
 
     setattr(method, MARK, method)
     return method
+
+
+def _with_adapter(replacement: Method, original: Method) -> Method:
+    """The same for a model with a T-REX adapter; other models take the original."""
+
+    def for_adapter(original: Method, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(config.peft_type == "TREX" for config in model.peft_config.values()):
+            return replacement(original, model, *args, **kwargs)
+        return original(model, *args, **kwargs)
+
+    return _marked(for_adapter, original)
 
 
 def _write_card(original: Method, model: Any, output_dir: str) -> None:
@@ -56,13 +74,54 @@ def _upload_with_card(original: Method, model: Any, working_dir: str, *args: Any
     return original(model, working_dir, *args, **kwargs)
 
 
-def _check_before_loading(original: Method, model: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
-    """Name a damaged file also where a resumed Trainer loads weights into an adapter that exists.
+def _load_into(original: Method, model: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    """Check a file also where a resumed Trainer loads it into an adapter that exists; take back an adapter in vain.
 
-    PEFT reads no configuration then, and reading the configuration is what checks the file elsewhere.
+    PEFT reads no configuration then, and reading the configuration is what checks the file elsewhere. From a hub, PEFT
+    would take a pickle where there is nothing else.
     """
-    check_adapter_file(str(model_id))
-    return original(model, model_id, *args, **kwargs)
+    existed = adapter_name in model.peft_config
+    places = model._split_kwargs(dict(kwargs))[0]
+    if "use_auth_token" in places:
+        places["token"] = places.pop("use_auth_token")
+    folder = _local(model_id, places)
+    check_config(folder)
+    if os.path.isdir(str(model_id)):
+        check_weights(folder)
+    else:
+        try:
+            hf_hub_download(str(model_id), SAFETENSORS_WEIGHTS_NAME, **places)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{model_id} has no {SAFETENSORS_WEIGHTS_NAME} ({error}). {PICKLE}") from error
+    try:
+        return original(model, model_id, adapter_name, *args, **kwargs)
+    except BaseException as error:
+        if not existed and adapter_name in model.peft_config:
+            model.delete_adapter(adapter_name)
+        # PEFT looks the tensors of modules_to_save up without a question.
+        if isinstance(error, KeyError) and str(error.args[0]).startswith(IN_FILE):
+            raise ValueError(f"The adapter file lacks the tensor {error.args[0]}. {FOREIGN}.") from error
+        raise
+
+
+def _from_pretrained(original: Method, cls: type, model: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+    """Leave the base model as it was when an adapter's files are refused, which PEFT reads after it has changed it."""
+    check_config(_local(model_id, kwargs))
+    adapted = any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        return original(cls, model, model_id, *args, **kwargs)
+    except BaseException:
+        for watch in [] if adapted else PromptWatch.on(model):
+            tuner: Any = watch.adapters.active
+            tuner.__self__.unload()
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+        raise
+
+
+def _local(model_id: Any, places: Mapping[str, Any]) -> str:
+    return os.path.join(str(model_id), places.get("subfolder") or "")
 
 
 def _find_offloaded(original: Method, model: Any, offload_index: Any, adapters_weights: Any) -> Any:
@@ -82,6 +141,7 @@ def _find_offloaded(original: Method, model: Any, offload_index: Any, adapters_w
 REPLACEMENTS: dict[str, Method] = {
     "create_or_update_model_card": _write_card,
     "_upload_modified_files": _upload_with_card,
-    "load_adapter": _check_before_loading,
+    "load_adapter": _load_into,
+    "from_pretrained": _from_pretrained,
     "_update_offload": _find_offloaded,
 }

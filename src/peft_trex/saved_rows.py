@@ -13,13 +13,14 @@ Axis legend: V tokens of the vocabulary, n tokens with a row of their own, m tok
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .loading import FOREIGN
+from .loading import FOREIGN, PREFIX, WrongShape, check_values
 from .prior.scorer import PromptScorer
 from .prior.token_rows import TOKEN_IDS, TOKEN_ROWS, replace_rows
 
@@ -98,6 +99,42 @@ class SavedRows:
         )
         return self._by_key(rows)
 
+    def check_embeddings(
+        self, model: nn.Module, tensors: Mapping[str, Tensor], in_model: Mapping[str, Tensor]
+    ) -> set[str]:
+        """The keys of the base model's embeddings in a file, which PEFT's `save_embedding_layers` writes.
+
+        They take the base model's place, for the sake of added tokens, so it warns of the rows that they change. A
+        ValueError if these are most of the rows: then the file brings another base model's embedding.
+        """
+        getters = [getattr(model, f"get_{side}_embeddings", lambda: None) for side in ("input", "output")]
+        embeddings = {id(module) for module in (getter() for getter in getters) if module is not None}
+        names = tuple(f"{name}." for name, module in model.named_modules() if id(module) in embeddings)
+        keys = {key for key in tensors if key.startswith(names) and key in in_model}
+        keys = {key for key in keys if f".{PREFIX}" not in key and ".modules_to_save." not in key}
+        for key in keys:
+            # A bias has rows of one number.
+            new, old = (tensor.reshape(*tensor.shape[:1], -1) for tensor in (tensors[key], in_model[key]))
+            if old.is_meta or new.shape[1:] != old.shape[1:]:
+                continue
+            size = min(len(new), len(old))
+            if new.is_floating_point() and old.is_floating_point():
+                changed = len(_differing(size, new.__getitem__, old.__getitem__)[TOKEN_IDS])
+            else:
+                changed = 0 if torch.equal(new, old) else size
+            if 2 * changed > size:
+                raise ValueError(
+                    f"The adapter file holds the base model's own tensor {key}, with {changed} of {size} rows that "
+                    f"are others than here. {FOREIGN}. An embedding that is trained belongs into modules_to_save."
+                )
+            if changed:
+                warnings.warn(
+                    f"The adapter file holds {key}, saved with save_embedding_layers: {changed} of its rows take the "
+                    "base model's place, also where the adapter is disabled or unloaded.",
+                    stacklevel=2,
+                )
+        return keys
+
     def for_model(self, rows: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those rows of a file that differ from the base model's, by their keys in the model's state dict.
 
@@ -106,7 +143,7 @@ class SavedRows:
             tensors: its other tensors, by their keys in the model's state dict.
 
         Raises:
-            ValueError: if the rows fit neither each other nor the trained embedding.
+            ValueError: if the rows fit neither each other nor the trained embedding, or are not finite.
         """
         if not rows:
             return {}
@@ -115,6 +152,7 @@ class SavedRows:
         if embedding is None or trained is None:
             raise ValueError(f"The adapter file holds {TOKEN_ROWS}, but no trained token embedding. {FOREIGN}.")
         _check_rows(rows, trained)
+        check_values({f"{self.place}.{TOKEN_ROWS}": rows[TOKEN_ROWS]}, {})
         token_ids, token_rows = rows[TOKEN_IDS], rows[TOKEN_ROWS]
         # Where PEFT has saved the frozen embedding, too, it takes the base model's place now.
         frozen = tensors.get(f"{self.wrapper}.original_module.weight")
@@ -153,7 +191,7 @@ def _check_rows(rows: Mapping[str, Tensor], trained: Tensor) -> None:
     inside = rising and all(0 <= token < len(trained) for token in (*token_ids[:1], *token_ids[-1:]))
     expected = (token_ids.numel(), *trained.shape[1:])
     if not inside or tuple(token_rows.shape) != expected or not token_rows.is_floating_point():
-        raise ValueError(
+        raise WrongShape(
             f"The T-REX tensors {TOKEN_IDS} {tuple(token_ids.shape)} and {TOKEN_ROWS} {tuple(token_rows.shape)} of "
             f"the file do not fit; expected rising token ids from 0 to {len(trained) - 1}, and for each of them a row "
             f"of width {trained.shape[-1]}. {FOREIGN}."

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,8 +22,73 @@ from .unsuited import Reason, unsuited_layers
 
 # PEFT adds these heads to modules_to_save only after it has looked for linear layers.
 HEADS = {TaskType.TOKEN_CLS: ("classifier", "score"), TaskType.QUESTION_ANS: ("qa_outputs",)}
+# A pattern with at most one of these signs, and of at most this length, takes few steps on the name of a module.
+CHOICES, SHORT = re.compile(r"[*+?{(]"), 1000
+# Nothing within a process can stop a search of Python's. The limits are seconds of a processor, and of a clock.
+SECONDS, WAIT = 5, 60
+TRIAL = f"""
+import json, re, sys
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_CPU, ({SECONDS}, {SECONDS}))
+except ImportError:
+    pass
+patterns, names = json.load(sys.stdin)
+for method, pattern in patterns:
+    search = getattr(re.compile(pattern), method)
+    for name in names:
+        search(name)
+"""
 # Before transformers 5 put the linear layers of all experts into one parameter, they had these names.
 FORMER_EXPERT_NAMES = {"gate_up_proj": ("gate_proj", "up_proj", "w1", "w3"), "down_proj": ("w2",)}
+
+
+def check_patterns(config: Any, model: nn.Module) -> None:
+    """Try the regular expressions in a configuration on the names of a model's modules, as PEFT will match them."""
+
+    def listed(value: Any) -> list[str]:
+        return [value] if isinstance(value, str) else list(value or ())
+
+    whole = [text for text in (config.target_modules, config.exclude_modules) if isinstance(text, str)]
+    patterns = [
+        *((text, "fullmatch", text) for text in whole),
+        *((text, "match", rf"(^|.*\.){text}($|\..*)") for text in listed(config.modules_to_save)),
+        *((text, "match", rf"(?:^|.*?\.){text}\.(?P<idx>\d+)\.") for text in listed(config.layers_pattern)),
+    ]
+    try_patterns(patterns, [path for path, _ in model.named_modules()])
+
+
+def try_patterns(patterns: Iterable[tuple[str, str, str]], names: list[str]) -> None:
+    """Raise a ValueError if matching names against regular expressions fails, or would take very long.
+
+    They come with adapters from elsewhere, and one of twenty characters can keep Python busy for years. Those with
+    several choices are tried in a process of their own.
+
+    Args:
+        patterns: what a configuration says, and the method of `re` and the pattern that PEFT makes of it.
+        names: the names of modules.
+    """
+    tried = [each for each in patterns if len(each[0]) > SHORT or len(CHOICES.findall(each[0])) > 1]
+    if not tried:
+        return
+    work = json.dumps([[each[1:] for each in tried], names])
+    try:
+        # A frozen program would start itself.
+        if getattr(sys, "frozen", False):
+            raise OSError("there is no Python to try it in")
+        command = [sys.executable, "-I", "-S", "-c", TRIAL]
+        run = subprocess.run(command, input=work, text=True, capture_output=True, timeout=WAIT)
+        problem = (
+            (run.stderr.strip().splitlines() or [f"it takes more than {SECONDS} s"])[-1] if run.returncode else ""
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        problem = str(error)
+    if problem:
+        texts = ", ".join(repr(each[0][:200]) for each in tried)
+        raise ValueError(
+            f"The regular expressions {texts} of the adapter's configuration cannot be matched against the names of "
+            f"modules: {problem}. Write simpler ones, or the names as a list."
+        )
 
 
 def settle_targets(config: Any, model: nn.Module) -> Any:
@@ -100,7 +168,7 @@ def _check_fused_experts(config: Any, model: nn.Module, all_linear: bool) -> Non
         if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)) or scheme_of(module) is not None:
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            shape = _shape_of(parameter)
+            shape = shape_of(parameter)
             # Modules that are excluded or trained in full are no targets.
             if len(shape) != 3 or not check_target_module_exists(anything, path):
                 continue
@@ -117,7 +185,7 @@ def _check_fused_experts(config: Any, model: nn.Module, all_linear: bool) -> Non
             if targets or (all_linear and "expert" in f"{path}.{type(module).__name__}".lower()):
                 left_out[path] = left_out.get(path, 0) + math.prod(shape)
     if left_out and not config.inference_mode:
-        total = sum(math.prod(_shape_of(parameter)) for parameter in model.parameters())
+        total = sum(math.prod(shape_of(parameter)) for parameter in model.parameters())
         names = [*list(left_out)[:2], "..."][: len(left_out)]
         warnings.warn(
             f"The experts in {', '.join(names)} are not adapted: T-REX adapts linear layers, and these hold "
@@ -126,7 +194,7 @@ def _check_fused_experts(config: Any, model: nn.Module, all_linear: bool) -> Non
         )
 
 
-def _shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
+def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
     """The shape of a parameter, also where DeepSpeed's ZeRO-3 shards it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 

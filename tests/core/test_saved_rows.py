@@ -206,10 +206,12 @@ def test_two_active_adapters_read_their_own_rows(tmp_path):
 
 
 def test_the_embedding_that_peft_saves_takes_the_base_models_place(tmp_path):
+    """With a warning, because the base model then computes something else, too."""
     model = build(grown(1))
     expected = logits_of(model)
     model.save_pretrained(tmp_path, save_embedding_layers=True)
-    loaded = PeftModel.from_pretrained(grown(2), tmp_path)
+    with pytest.warns(UserWarning, match=r"original_module.weight, .*: 4 of its rows take the base model's place"):
+        loaded = PeftModel.from_pretrained(grown(2), tmp_path)
     torch.testing.assert_close(logits_of(loaded), expected, rtol=0, atol=0)
     assert loaded.base_model.trex_prior["default"].token_ids is None
 
@@ -267,6 +269,7 @@ def test_rows_that_do_not_fit_are_refused(tmp_path, damage):
     torch.testing.assert_close(logits_of(model), before, rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:The adapter file holds .*, saved with save_embedding_layers")
 def test_rows_without_a_prior_to_read_them_are_refused(tmp_path):
     tensors = save(build(grown(1)), tmp_path)
     model = adapted(base=grown(2), fit=False, modules_to_save=["lm_head"])

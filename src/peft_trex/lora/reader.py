@@ -15,7 +15,8 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..loading import check_adapter_file
+from ..loading import check_weights, read_config
+from ..targets import try_patterns
 from .lora_fit import Factors
 
 Source = str | os.PathLike | PeftModel | tuple[PeftModel, str]
@@ -68,15 +69,20 @@ def read_lora(source: Source) -> Lora:
             "cannot become experts. Train the adapter without embeddings, biases and modules_to_save."
         )
     factors = {}
+    patterns = list(config.alpha_pattern or {})
+    try_patterns(
+        [(text, "match", rf"(.*\.)?({text})$") for text in patterns], [key.removeprefix(PREFIX) for key in tensors]
+    )
     for path in sorted({key.removeprefix(PREFIX)[: -len(DOWN)] for key in tensors}):
         down, up = (tensors.get(PREFIX + path + end) for end in (DOWN, UP))
         if down is None or up is None or down.dim() != 2 or up.dim() != 2 or len(down) != up.shape[1]:
             shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (down, up)]
             raise ValueError(f"{title} has the factors {shapes} for {path}; expected (r, D_in) and (D_out, r).")
-        if not (down.isfinite().all() and up.isfinite().all()):
-            raise ValueError(f"{title} has factors for {path} that are not finite.")
-        pattern = config.alpha_pattern or {}
-        alpha = pattern.get(get_pattern_key(list(pattern), path), config.lora_alpha)
+        if not all(factor.is_floating_point() and factor.isfinite().all() for factor in (down, up)):
+            raise ValueError(f"{title} has factors for {path} that are not finite, or no floating-point numbers.")
+        alpha: Any = (config.alpha_pattern or {}).get(get_pattern_key(patterns, path), config.lora_alpha)
+        if not (isinstance(alpha, (int, float)) and math.isfinite(alpha)):
+            raise ValueError(f"{title} has lora_alpha={alpha!r} for {path}; expected a finite number.")
         scaling = alpha / (math.sqrt(len(down)) if config.use_rslora else len(down))
         factors[path] = Factors(up.cpu().double() * scalings.get(path, scaling), down.cpu().double())
     if not any(up.any() and down.any() for up, down in factors.values()):
@@ -87,13 +93,14 @@ def read_lora(source: Source) -> Lora:
 def _read_folder(folder: Path, title: str) -> tuple[LoraConfig, dict[str, Tensor]]:
     if not (folder / CONFIG_NAME).is_file():
         raise ValueError(f"{folder} is no folder with an adapter: there is no {CONFIG_NAME}.")
+    read_config(folder / CONFIG_NAME)
     config = _check_plain(PeftConfig.from_pretrained(str(folder)), title)
     if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         raise ValueError(
             f"{title} has no {SAFETENSORS_WEIGHTS_NAME}. Other files are not read, because pickles can run code: "
             "save it again with save_pretrained."
         )
-    check_adapter_file(str(folder))
+    check_weights(str(folder))
     return config, load_file(folder / SAFETENSORS_WEIGHTS_NAME)
 
 

@@ -63,9 +63,8 @@ class PromptWatch:
             return
         base: Any = self.adapters.base
         # A tuner that this one replaces may have left its hooks.
-        for watch in [getattr(hook, "__self__", None) for hook in base._forward_pre_hooks.values()]:
-            if isinstance(watch, PromptWatch):
-                watch.detach()
+        for watch in self.on(base):
+            watch.detach()
         self._handles = PositionWatch(self.channel).attach(base)
         for module in base.modules():
             if module is base or isinstance(module, PreTrainedModel):
@@ -81,6 +80,12 @@ class PromptWatch:
             if callable(method):
                 self._wrapped[name] = (method, name in vars(base))
                 setattr(base, name, watched)
+
+    @classmethod
+    def on(cls, base: nn.Module) -> list[PromptWatch]:
+        """Those that watch a base model now."""
+        watches = [getattr(hook, "__self__", None) for hook in base._forward_pre_hooks.values()]
+        return [watch for watch in watches if isinstance(watch, PromptWatch)]
 
     def detach(self) -> None:
         """Leave the base model as it was."""
