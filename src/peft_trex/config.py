@@ -136,6 +136,11 @@ class TRexConfig(PeftConfig):
                 "PEFT knows another configuration for the method TREX: either this release of PEFT brings its own, "
                 "which is then the one to use, or peft_trex was imported twice; restart Python."
             )
+        for name in NAMES:
+            value = getattr(self, name)
+            names = [] if value is None else [value] if isinstance(value, str) else value
+            if not isinstance(names, (list, tuple, set)) or not all(isinstance(each, str) for each in names):
+                raise TypeError(f"{name}={value!r} must be a name or a list of names.")
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
@@ -215,11 +220,6 @@ class TRexConfig(PeftConfig):
                 if not any(value == choice and isinstance(value, type(choice)) for choice in choices):
                     raise ValueError(f"{name}={value!r} is unknown; it must be one of {', '.join(map(str, choices))}.")
         check_markers(self.chat_markers)
-        for name in NAMES:
-            value = getattr(self, name)
-            names = [] if value is None else [value] if isinstance(value, str) else value
-            if not isinstance(names, (list, tuple, set)) or not all(isinstance(each, str) for each in names):
-                raise TypeError(f"{name}={value!r} must be a name or a list of names.")
         for rule, (names, _) in NUMBERS.items():
             for name in names:
                 value = getattr(self, name)
@@ -300,7 +300,7 @@ COUNTS = ("r_a", "r_b", "num_clusters", "prior_dim", "prior_whitening", "router_
 NAMES = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
 # The rules of the numbers, in words and as a function. Where the default is None, None is allowed too.
 NUMBERS: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
-    "a whole number of at least 1": (COUNTS, lambda x: isinstance(x, int) and x >= 1),
+    "a whole number of at least 1, less than 2**63": (COUNTS, lambda x: isinstance(x, int) and 1 <= x < 2**63),
     POSITIVE: (("token_scale", "prior_scale", "gate_temperature"), lambda x: 0 < x < math.inf),
     "a finite number, at least 0": (("balance_loss_coef", "router_z_loss_coef"), lambda x: 0 <= x < math.inf),
     "a number of at least 0 and less than 1": (("trex_dropout",), lambda x: 0 <= x < 1),

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import ModelCard
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ def newer_writer(version: Any) -> str:
     """What to tell of a file that a later release than this one has written; empty for other files."""
     try:
         newer = isinstance(version, str) and Version(version) > Version(VERSION)
-    except InvalidVersion:
+    except ValueError:
         newer = False
     said = f" peft-trex {version} wrote the file, and this is {VERSION}: upgrade it (pip install -U peft-trex)."
     return said if newer else ""
@@ -228,7 +228,9 @@ def check_tensors(
     key_of_adapter = re.compile(rf"\.{PREFIX}(?!static\.)\w+\.{re.escape(adapter_name)}(\.\w+)?$")
     expected = {key for key in in_model if key_of_adapter.search(key)}
     trained = f".modules_to_save.{adapter_name}."
-    rest = {key for key in in_file if key not in expected and key not in others and trained not in key}
+    # PEFT saves an embedding that is trained in full twice, once without the adapter's name.
+    twice = {key for key in in_file if key.replace(".modules_to_save.", trained) in set(in_file) - {key}}
+    rest = {key for key in set(in_file) - expected - set(others) - twice if trained not in key}
     # A module of the base model that is trained in full may carry the prefix, too.
     unknown = {key for key in rest if key not in in_model and f".{PREFIX}" in key}
     advice = f"{FOREIGN}.{newer} delete_adapter({adapter_name!r}) removes what was made for it."

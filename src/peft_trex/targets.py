@@ -26,14 +26,14 @@ HEADS = {TaskType.TOKEN_CLS: ("classifier", "score"), TaskType.QUESTION_ANS: ("q
 CHOICES, SHORT = re.compile(r"[*+?{(]"), 1000
 # Nothing within a process can stop a search of Python's. The limits are seconds of a processor, and of a clock.
 SECONDS, WAIT = 5, 60
-TRIAL = f"""
+TRIAL = """
 import json, re, sys
+patterns, names, seconds = json.load(sys.stdin)
 try:
     import resource
-    resource.setrlimit(resource.RLIMIT_CPU, ({SECONDS}, {SECONDS}))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
 except ImportError:
     pass
-patterns, names = json.load(sys.stdin)
 for method, pattern in patterns:
     search = getattr(re.compile(pattern), method)
     for name in names:
@@ -71,7 +71,7 @@ def try_patterns(patterns: Iterable[tuple[str, str, str]], names: list[str]) -> 
     tried = [each for each in patterns if len(each[0]) > SHORT or len(CHOICES.findall(each[0])) > 1]
     if not tried:
         return
-    work = json.dumps([[each[1:] for each in tried], names])
+    work = json.dumps([[each[1:] for each in tried], names, SECONDS])
     try:
         # A frozen program would start itself.
         if getattr(sys, "frozen", False):

@@ -28,7 +28,14 @@ from ..prior.chat import ChatMarkers
 from . import semantic_router
 from .reader import DOWN, PREFIX, UP
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # type: ignore[assignment]
+
 OVERALL = "overall"
+# The folder that an export writes to, and in it the names of what moves out in the end.
+PART, MOVING = ".part-", "moving.json"
 
 
 def save_trex_as_lora(
@@ -128,7 +135,12 @@ def _pooling_markers(tuner: TRexModel, adapter_name: str) -> ChatMarkers | None:
 
 @contextmanager
 def _appearing(path: Path) -> Iterator[Path]:
-    """Give a folder to write to. All that is in it moves to `path` in the end, or is gone if something fails."""
+    """Give a folder to write to. All that is in it moves to `path` in the end, or is gone if something fails.
+
+    What a process leaves here that is killed is removed by the next export.
+    """
+    if path.is_dir():
+        _clear_killed(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(
             f"There is something at {path} already, and it was left as it is; give another path, or remove it first."
@@ -137,18 +149,59 @@ def _appearing(path: Path) -> Iterator[Path]:
     path.mkdir(parents=True, exist_ok=True)
     moved: list[Path] = []
     try:
-        with tempfile.TemporaryDirectory(dir=path, prefix=".part-") as work:
+        with tempfile.TemporaryDirectory(dir=path, prefix=PART) as work, _held(Path(work)):
             yield Path(work)
             # The configuration moves last, because without it nothing takes a folder for an adapter.
-            for entry in sorted(Path(work).iterdir(), key=lambda entry: entry.name == CONFIG_NAME):
+            entries = sorted(Path(work).iterdir(), key=lambda entry: entry.name == CONFIG_NAME)
+            (Path(work) / MOVING).write_text(json.dumps([entry.name for entry in entries]))
+            for entry in entries:
                 moved.append(path / entry.name)
                 entry.rename(moved[-1])
     except BaseException:
         for entry in moved:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+            _remove(entry)
         for folder in created:
             folder.rmdir()
         raise
+
+
+def _remove(entry: Path) -> None:
+    shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Hold a folder as this process's own until the block ends, or the process; False if another one holds it."""
+    # Without such locks nobody can tell whether the process that made the folder still lives.
+    if fcntl is None:
+        yield False
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = True
+    except OSError:
+        held = False
+    try:
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+def _clear_killed(path: Path) -> None:
+    """Remove what an export into a folder has left that was killed: its part, and what had moved out of that."""
+    for part in path.glob(f"{PART}*"):
+        with _held(part) as dead:
+            if not dead:
+                continue
+            try:
+                names = json.loads((part / MOVING).read_text())
+            except (OSError, ValueError):
+                names = []
+            # The configuration was the last to move.
+            for name in [] if (path / CONFIG_NAME).exists() else names:
+                _remove(path / Path(name).name)
+            shutil.rmtree(part)
 
 
 def _checked(tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:

@@ -27,6 +27,8 @@ from safetensors import SafetensorError, safe_open
 VERSION, VERSION_WITH_MARKERS = 1, 2
 MARKERS, MERGED = ("before", "after", "assistant"), ("before_merged", "after_merged")
 ROUTER_JSON, ROUTER_TENSORS = "router.json", "router.safetensors"
+# An export of ten thousand clusters has less than this, and ten lists and objects.
+MOST_BYTES, MOST_BRACKETS = 16 << 20, 100
 EXPORT = "Export the folder again with peft_trex.save_trex_as_lora"
 
 
@@ -233,7 +235,11 @@ def _check(path: Path, holds: bool, content: str, expected: str) -> None:
 def _read_settings(path: Path) -> dict[str, Any]:
     """Read router.json, and check it in itself."""
     try:
-        settings = json.loads(path.read_bytes())
+        content = path.read_bytes() if path.stat().st_size <= MOST_BYTES else b""
+        # Nested deep enough, JSON overflows the stack.
+        if not content or content.count(b"[") + content.count(b"{") > MOST_BRACKETS:
+            raise ValueError(f"too large, empty, or more than {MOST_BRACKETS} lists and objects")
+        settings = json.loads(content)
     except ValueError as error:
         raise _damaged(path, error) from error
     _check(path, isinstance(settings, dict), f"a {type(settings).__name__} at the top", "an object")
@@ -289,19 +295,19 @@ def _read_tensors(path: Path, settings: Mapping[str, Any]) -> dict[str, np.ndarr
     try:
         with safe_open(path, framework="numpy") as file:
             names = sorted(file.keys())
-            dtypes = [file.get_slice(name).get_dtype() for name in names]
             _check(path, names == wanted, f"the tensors {names}", expected)
+            slices = {name: file.get_slice(name) for name in names}
+            dtypes = [one.get_dtype() for one in slices.values()]
+            shapes = {name: tuple(one.get_shape()) for name, one in slices.items()}
             # NumPy cannot read every dtype: it has no bfloat16.
             _check(path, set(dtypes) == {"F32"}, f"the dtypes {dtypes}", expected)
+            # An axis without entries fits nothing, and nothing is read before the shapes fit.
+            width, vocabulary = (max([1, *shapes[name][:1]]) for name in ("mean", wanted[-1]))
+            every = {"centroids": (clusters, width), "mean": (width,), "token_scores": (vocabulary, clusters)}
+            _check(path, shapes == {name: every[name] for name in wanted}, f"the shapes {shapes}", expected)
             tensors = {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise _damaged(path, error) from error
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    # An axis without entries fits nothing.
-    width, vocabulary = max(1, tensors["mean"].size), max(1, tensors[wanted[-1]].size // clusters)
-    every = {"centroids": (clusters, width), "mean": (width,), "token_scores": (vocabulary, clusters)}
-    fitting = {name: every[name] for name in wanted}
-    _check(path, shapes == fitting, f"the shapes {shapes}", expected)
     for name, tensor in tensors.items():
         _check(path, bool(np.isfinite(tensor).all()), f"NaN or infinity in {name}", expected)
     markers = settings.get("chat_markers")
