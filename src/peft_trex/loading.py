@@ -256,13 +256,14 @@ def check_values(tensors: Mapping[str, Tensor], in_model: Mapping[str, Tensor]) 
     """Raise a ValueError if tensors of a file, by their keys, are not finite numbers and the model's own are."""
     for key, tensor in tensors.items():
         own = None if f".{PREFIX}" in key else in_model.get(key)
-        plain = tensor.dtype in FLOATS
-        if not plain and (own is None or own.dtype != tensor.dtype):
+        # A module that is trained in full may have counters, too.
+        dtypes = FLOATS if own is None or own.dtype in FLOATS else (own.dtype,)
+        if tensor.dtype not in dtypes:
             raise ValueError(
                 f"The tensor {key} of the adapter file has the dtype {tensor.dtype}; expected "
-                f"{', '.join(map(str, FLOATS))}. {FOREIGN}."
+                f"{', '.join(map(str, dtypes))}. {FOREIGN}."
             )
-        if plain and not _is_finite(tensor) and (own is None or own.is_meta or _is_finite(own)):
+        if dtypes is FLOATS and not _is_finite(tensor) and (own is None or own.is_meta or _is_finite(own)):
             raise ValueError(
                 f"The tensor {key} of the adapter file holds NaN or infinity, so that the model would compute NaN. "
                 "The training diverged, or the file is damaged: take an earlier checkpoint, or restore the file."

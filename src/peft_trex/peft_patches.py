@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from huggingface_hub import hf_hub_download
@@ -93,30 +94,48 @@ def _load_into(original: Method, model: Any, model_id: Any, adapter_name: str, *
             hf_hub_download(str(model_id), SAFETENSORS_WEIGHTS_NAME, **places)
         except (OSError, ValueError) as error:
             raise ValueError(f"{model_id} has no {SAFETENSORS_WEIGHTS_NAME} ({error}). {PICKLE}") from error
-    try:
-        return original(model, model_id, adapter_name, *args, **kwargs)
-    except BaseException as error:
+
+    def take_back() -> None:
         if not existed and adapter_name in model.peft_config:
             model.delete_adapter(adapter_name)
-        # PEFT looks the tensors of modules_to_save up without a question.
-        if isinstance(error, KeyError) and str(error.args[0]).startswith(IN_FILE):
-            raise ValueError(f"The adapter file lacks the tensor {error.args[0]}. {FOREIGN}.") from error
-        raise
+
+    with _modules_kept(model, take_back):
+        try:
+            return original(model, model_id, adapter_name, *args, **kwargs)
+        except KeyError as error:
+            # PEFT looks the tensors of modules_to_save up without a question.
+            if str(error.args[0]).startswith(IN_FILE):
+                raise ValueError(f"The adapter file lacks the tensor {error.args[0]}. {FOREIGN}.") from error
+            raise
 
 
 def _from_pretrained(original: Method, cls: type, model: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
     """Leave the base model as it was when an adapter's files are refused, which PEFT reads after it has changed it."""
     check_config(_local(model_id, kwargs))
     adapted = any(isinstance(module, BaseTunerLayer) for module in model.modules())
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        return original(cls, model, model_id, *args, **kwargs)
-    except BaseException:
+
+    def take_back() -> None:
         for watch in [] if adapted else PromptWatch.on(model):
             tuner: Any = watch.adapters.active
             tuner.__self__.unload()
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+
+    with _modules_kept(model, take_back):
+        return original(cls, model, model_id, *args, **kwargs)
+
+
+@contextmanager
+def _modules_kept(model: Any, take_back: Callable[[], None]) -> Iterator[None]:
+    """If the block fails, take back what it did, and put the modules in their places and their flags as they were."""
+    places = [(module._modules, dict(module._modules)) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        take_back()
+        for now, before in places:
+            now.update(before)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
         raise
 
 

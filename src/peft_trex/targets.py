@@ -14,7 +14,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import TaskType
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .quantized import scheme_of
@@ -194,7 +194,7 @@ def _check_fused_experts(config: Any, model: nn.Module, all_linear: bool) -> Non
         )
 
 
-def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
+def shape_of(parameter: Tensor) -> tuple[int, ...]:
     """The shape of a parameter, also where DeepSpeed's ZeRO-3 shards it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
