@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import ModelCard
-from packaging.version import Version
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -52,10 +51,8 @@ class WrongShape(ValueError, RuntimeError):
 
 def newer_writer(version: Any) -> str:
     """What to tell of a file that a later release than this one has written; empty for other files."""
-    try:
-        newer = isinstance(version, str) and Version(version) > Version(VERSION)
-    except ValueError:
-        newer = False
+    numbers = re.match(r"(\d{1,6})\.(\d{1,6})(?:\.(\d{1,6}))?(?!\d)", version) if isinstance(version, str) else None
+    newer = numbers and [int(number or 0) for number in numbers.groups()] > [int(part) for part in VERSION.split(".")]
     said = f" peft-trex {version} wrote the file, and this is {VERSION}: upgrade it (pip install -U peft-trex)."
     return said if newer else ""
 
@@ -122,7 +119,7 @@ def known_fields(config_class: type, values: Mapping[str, Any]) -> dict[str, Any
         warnings.warn(
             f"The adapter's configuration has the fields {', '.join(unknown)}, which peft-trex {VERSION} does not "
             "know and leaves out, so that the adapter may compute something else."
-            + (newer or " They are of a newer peft-trex (upgrade it then), or the file was changed."),
+            + (newer or " They are of a newer peft-trex or PEFT (upgrade it then), or the file was changed."),
             stacklevel=2,
         )
     if newer:
@@ -230,7 +227,7 @@ def check_tensors(
     trained = f".modules_to_save.{adapter_name}."
     # PEFT saves an embedding that is trained in full twice, once without the adapter's name.
     twice = {key for key in in_file if key.replace(".modules_to_save.", trained) in set(in_file) - {key}}
-    rest = {key for key in set(in_file) - expected - set(others) - twice if trained not in key}
+    rest = {key for key in set(in_file) - expected - set(others) - twice if trained not in key or key not in in_model}
     # A module of the base model that is trained in full may carry the prefix, too.
     unknown = {key for key in rest if key not in in_model and f".{PREFIX}" in key}
     advice = f"{FOREIGN}.{newer} delete_adapter({adapter_name!r}) removes what was made for it."
@@ -318,6 +315,4 @@ base = {auto_class}.from_pretrained("{base or "the base model"}")
 model = PeftModel.from_pretrained(base, "this repository's name, or a folder")
 ```
 """
-    # A process that is killed leaves the former card whole.
-    card.save(f"{path}.part")
-    os.replace(f"{path}.part", path)
+    card.save(path)

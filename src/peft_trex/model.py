@@ -256,9 +256,10 @@ class TRexModel(BaseTuner):
         rows, others = saved_rows.split(state_dict)
         static, others = split_static(layers, adapter_name, config.num_clusters, others)
         tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, others)
-        in_model = saved_rows.split(model.state_dict())[1]
+        # Parameters themselves tell their shape where ZeRO-3 shards them.
+        in_model = saved_rows.split(model.state_dict(keep_vars=True))[1]
         saved = super()._get_adapter_state_dict(model, config, adapter_name, in_model, [])
-        biases = {key for key in saved if key.endswith("bias")}
+        biases = {key for key in saved if key.endswith("bias") and ".modules_to_save." not in key}
         embeddings = saved_rows.check_embeddings(model, tensors, in_model)
         newer = newer_writer(config.peft_trex_version)
         check_tensors(adapter_name, in_model, tensors, biases | embeddings, newer)

@@ -397,7 +397,7 @@ def test_what_a_later_release_wrote_is_told_so(folder):
     (folder / CONFIG).write_text(before)
     change_config(folder, router_activation="sigmoid")
     with pytest.warns(
-        UserWarning, match="router_activation, .*newer peft-trex .upgrade it then., or the file was changed"
+        UserWarning, match="router_activation, .*newer peft-trex or PEFT .upgrade it then., or the file was changed"
     ):
         PeftModel.from_pretrained(make_llama(), folder)
     (folder / CONFIG).write_text(before)
@@ -413,7 +413,7 @@ def test_what_a_later_release_wrote_is_told_so(folder):
         PeftModel.from_pretrained(make_llama(), folder)
 
 
-@pytest.mark.parametrize("version", [None, "0", VERSION, "not a version", 7, ["99"], "9" * 10_000])
+@pytest.mark.parametrize("version", [None, "0", "0.0.9", VERSION, "no.1", 7, ["99.1"], "9" * 10_000 + ".1"])
 def test_other_writers_are_not_told_to_upgrade(version):
     assert not peft_trex.loading.newer_writer(version)
 

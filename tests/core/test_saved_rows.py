@@ -257,6 +257,7 @@ def _other(key, value):
         _other(IDS, torch.tensor([5.0, 6.0])),
         _other(ROWS, torch.zeros(2, 31)),
         _other(ROWS, torch.zeros(3, 32)),
+        lambda tensors: tensors[ROWS].view(-1)[5:6].fill_(float("nan")),
     ],
 )
 def test_rows_that_do_not_fit_are_refused(tmp_path, damage):
@@ -264,7 +265,7 @@ def test_rows_that_do_not_fit_are_refused(tmp_path, damage):
     damage(tensors)
     model = build(grown(2))
     before = logits_of(model)
-    with pytest.raises(ValueError, match=r"token_ids.*token_rows.*restore it"):
+    with pytest.raises(ValueError, match=r"token_rows.*restore"):
         set_peft_model_state_dict(model, tensors)
     torch.testing.assert_close(logits_of(model), before, rtol=0, atol=0)
 

@@ -359,6 +359,12 @@ JSON, SAFE = "router.json", "router.safetensors"
         *((cut(JSON, size), ValueError, "router.json is damaged .*restore it") for size in (0, 1, 40, -1)),
         (put(JSON, b"\xff\xfe\x00"), ValueError, "router.json is damaged"),
         (put(JSON, b"[]"), ValueError, "a list at the top; expected an object"),
+        (
+            put(JSON, b"[" * 10**5 + b"]" * 10**5),
+            ValueError,
+            "router.json is damaged .*more than 100 lists and objects",
+        ),
+        (put(JSON, b"{}" + b" " * 2**24), ValueError, "router.json is damaged .too large"),
         *(
             (described_by(version=wrong), ValueError, f"version {told}; expected version 1 or 2, .* the copy of")
             for wrong, told in ((3, "3"), (True, "True"), ("1", "'1'"), ("gone", "None"))
