@@ -53,8 +53,9 @@ def newer_writer(version: Any) -> str:
     """What to tell of a file that a later release than this one has written; empty for other files."""
     numbers = re.match(r"(\d{1,6})\.(\d{1,6})(?:\.(\d{1,6}))?(?!\d)", version) if isinstance(version, str) else None
     newer = numbers and [int(number or 0) for number in numbers.groups()] > [int(part) for part in VERSION.split(".")]
-    said = f" peft-trex {version} wrote the file, and this is {VERSION}: upgrade it (pip install -U peft-trex)."
-    return said if newer else ""
+    if not numbers or not newer:
+        return ""
+    return f" peft-trex {numbers[0]} wrote the file, and this is {VERSION}: upgrade it (pip install -U peft-trex)."
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
