@@ -38,8 +38,6 @@ COUNTS = "states how many parameters LoRA of rank 8 has"
 EMBEDDINGS = "reaches for LoRA's parameters of embedding layers"
 PICKLE = "loads a pickle, which T-REX refuses: its adapters are safetensors"
 BIASES = "loads biases that the configuration does not train, which T-REX refuses as tensors of the base model"
-    "loads biases into an adapter whose configuration trains none, which T-REX refuses as tensors of the base model"
-)
 CONVERSION = "bounds the error of a conversion to LoRA, which for routed tokens hangs on the weights that are drawn"
 MIXED = "PeftMixedModel refuses T-REX by name, which test_incompatible_config_raises sees"
 
