@@ -9,10 +9,14 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor
+
 from .loading import PREFIX, check_adapter_file, complete_card
+from .undo import Snapshot, Undone, copies
 
 Method = Callable[..., Any]
 MARK = "_trex_replacement"
@@ -62,7 +66,29 @@ def _check_before_loading(original: Method, model: Any, model_id: Any, *args: An
     PEFT reads no configuration then, and reading the configuration is what checks the file elsewhere.
     """
     check_adapter_file(str(model_id))
-    return original(model, model_id, *args, **kwargs)
+    adapter_name = args[0] if args else kwargs["adapter_name"]
+    with Undone(Snapshot(model, values=copies(_loaded_into(model, adapter_name)))):
+        return original(model, model_id, *args, **kwargs)
+
+
+def _loaded_into(model: Any, adapter_name: str) -> Iterator[Tensor]:
+    """The tensors that weights are loaded into if the adapter exists: its own, and those trained beside it."""
+    if adapter_name not in model.peft_config:
+        return
+    yield from (parameter for parameter in model.parameters() if parameter.requires_grad)
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            yield from module.state_dict(keep_vars=True).values()
+        elif hasattr(module, "trex_prior"):
+            yield from module.trex_prior.buffers()
+        elif hasattr(module, "trex_A"):
+            yield from (*module.parameters_of(adapter_name), *module.trex_static.buffers())
+
+
+def _all_or_nothing(original: Method, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Leave the model as it was if an adapter is added or deleted, and something ends that half-way."""
+    with Undone(Snapshot(model)):
+        return original(model, *args, **kwargs)
 
 
 def _find_offloaded(original: Method, model: Any, offload_index: Any, adapters_weights: Any) -> Any:
@@ -82,6 +108,8 @@ def _find_offloaded(original: Method, model: Any, offload_index: Any, adapters_w
 REPLACEMENTS: dict[str, Method] = {
     "create_or_update_model_card": _write_card,
     "_upload_modified_files": _upload_with_card,
+    "add_adapter": _all_or_nothing,
+    "delete_adapter": _all_or_nothing,
     "load_adapter": _check_before_loading,
     "_update_offload": _find_offloaded,
 }

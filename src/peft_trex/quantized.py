@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -189,6 +190,19 @@ def restore_weight(layer: Any, former: dict[str, Any]) -> None:
         setattr(layer, name, value.to(layer.weight.device) if moved else value)
     if hasattr(layer, "state"):
         layer.state.reset_grads()
+
+
+def former_weights(layers: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The weights that a merge into the base layers of these writes, each with a tensor of its values, on the CPU.
+
+    A GPU that holds the model may have no room for them once more. Quantised weights are replaced, not written.
+    """
+    for layer in layers:
+        base = layer.get_base_layer()
+        if _is_plain(base) and not base.weight.is_meta:
+            # T-REX puts another tensor in the place of this one, but another method between the two writes into it.
+            copied = base.weight.device.type != "cpu" or layer.base_layer is not base
+            yield base.weight, base.weight.detach().to("cpu", copy=True) if copied else base.weight.data
 
 
 class _PassGradient(torch.autograd.Function):
