@@ -251,6 +251,9 @@ CALLS = {
         True,
     ),
     "steer_trex": (_model, lambda m, _: _steered(m, {"input_ids": prompts(1)}), False),
+    "forward": (_model, lambda m, _: m(input_ids=prompts(2)), False),
+    "forward of the base model's trunk": (_model, lambda m, _: m.base_model.model.model(input_ids=prompts(2)), False),
+    "generate": (_model, lambda m, _: m.generate(input_ids=prompts(2), max_new_tokens=2, do_sample=False), False),
 }
 
 
