@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -66,23 +66,24 @@ def _check_before_loading(original: Method, model: Any, model_id: Any, *args: An
     PEFT reads no configuration then, and reading the configuration is what checks the file elsewhere.
     """
     check_adapter_file(str(model_id))
-    adapter_name = args[0] if args else kwargs["adapter_name"]
+    adapter_name = args[0] if args else kwargs.get("adapter_name")
     with Undone(Snapshot(model, values=copies(_loaded_into(model, adapter_name)))):
         return original(model, model_id, *args, **kwargs)
 
 
-def _loaded_into(model: Any, adapter_name: str) -> Iterator[Tensor]:
+def _loaded_into(model: Any, adapter_name: str | None) -> set[Tensor]:
     """The tensors that weights are loaded into if the adapter exists: its own, and those trained beside it."""
     if adapter_name not in model.peft_config:
-        return
-    yield from (parameter for parameter in model.parameters() if parameter.requires_grad)
+        return set()
+    tensors = {parameter for parameter in model.parameters() if parameter.requires_grad}
     for module in model.modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
-            yield from module.state_dict(keep_vars=True).values()
+            tensors.update(module.parameters())
         elif hasattr(module, "trex_prior"):
-            yield from module.trex_prior.buffers()
+            tensors.update(module.trex_prior.buffers())
         elif hasattr(module, "trex_A"):
-            yield from (*module.parameters_of(adapter_name), *module.trex_static.buffers())
+            tensors.update(module.parameters_of(adapter_name), module.trex_static.buffers())
+    return tensors
 
 
 def _all_or_nothing(original: Method, model: Any, *args: Any, **kwargs: Any) -> Any:

@@ -193,16 +193,23 @@ def restore_weight(layer: Any, former: dict[str, Any]) -> None:
 
 
 def former_weights(layers: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The weights that a merge into the base layers of these writes, each with a tensor of its values, on the CPU.
+    """The weights that a merge into the base layers of these changes, each with a tensor that keeps its values.
 
-    A GPU that holds the model may have no room for them once more. Quantised weights are replaced, not written.
+    A GPU that holds the model may have no room for them once more; then they are kept in the CPU's memory. Quantised
+    weights are replaced as a whole.
     """
-    for layer in layers:
-        base = layer.get_base_layer()
-        if _is_plain(base) and not base.weight.is_meta:
-            # T-REX puts another tensor in the place of this one, but another method between the two writes into it.
-            copied = base.weight.device.type != "cpu" or layer.base_layer is not base
-            yield base.weight, base.weight.detach().to("cpu", copy=True) if copied else base.weight.data
+    pairs = [(layer.base_layer, layer.get_base_layer()) for layer in layers]
+    pairs = [(outer, base) for outer, base in pairs if _is_plain(base) and not base.weight.is_meta]
+    size = sum(base.weight.nbytes for _, base in pairs)
+    for outer, base in pairs:
+        # T-REX puts another tensor in the place of this one, but another method between the two writes into it.
+        stays = outer is base and _has_room(base.weight.device, 2 * size)
+        yield base.weight, base.weight.data if stays else base.weight.detach().to("cpu", copy=True)
+
+
+def _has_room(device: torch.device, size: int) -> bool:
+    """Whether so many bytes are free."""
+    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > size)
 
 
 class _PassGradient(torch.autograd.Function):

@@ -87,7 +87,8 @@ class Snapshot:
                     contents.clear()
                 contents.update(before)
         for parameter, trained in self._flags.values():
-            parameter.requires_grad_(trained)
+            if parameter.requires_grad != trained:
+                parameter.requires_grad_(trained)
         for tensor, value in self._values:
             tensor.data.copy_(value)
 
@@ -106,7 +107,8 @@ class Modes:
         for attributes, modes in self._modes:
             attributes.update(modes)
         for parameter, trained in self._flags:
-            parameter.requires_grad_(trained)
+            if parameter.requires_grad != trained:
+                parameter.requires_grad_(trained)
 
     def undo(self) -> None:
         self._hooks.undo()
