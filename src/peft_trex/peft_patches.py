@@ -79,9 +79,9 @@ def _loaded_into(model: Any, adapter_name: str | None) -> set[Tensor]:
     for module in model.modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             tensors.update(module.parameters())
-        elif hasattr(module, "trex_prior"):
+        elif hasattr(module, "prior_of"):
             tensors.update(module.trex_prior.buffers())
-        elif hasattr(module, "trex_A"):
+        elif hasattr(module, "parameters_of"):
             tensors.update(module.parameters_of(adapter_name), module.trex_static.buffers())
     return tensors
 
