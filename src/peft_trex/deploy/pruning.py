@@ -20,9 +20,10 @@ from torch.nn import functional as F
 from ..analysis.report import RoutingReport
 from ..config import TRexConfig
 from ..data_pass import Attended, Data, DataPass, check_count, check_unmerged
-from ..layer import Linear, TRexLayer
+from ..layer import TRexLayer
 from ..lora.export import target_names
 from ..model import TRexModel, find_peft_model, find_tuner
+from ..parameters import TRexParameters
 from ..prior.inputs import Inputs
 from ..undo import Snapshot, Undone
 from .prune_plan import LayerCosts, Selection, choose
@@ -179,6 +180,17 @@ def pruning_curve(
     ]
 
 
+class _Sketch(nn.Module, TRexLayer):
+    """A layer beside one of the model, for the settings that a configuration makes. It draws no random start."""
+
+    def __init__(self, layer: TRexLayer) -> None:
+        super().__init__()
+        TRexParameters.__init__(self, layer.base_layer, layer._channel)
+
+    def reset_trex_parameters(self, *_: Any) -> None:
+        pass
+
+
 class _Pruner:
     """An adapter and its routing report, checked against each other."""
 
@@ -265,9 +277,8 @@ class _Pruner:
             mass = sum(load[expert] for expert in selection.experts) / sum(load)
             entry["token_scale"] = state["trex_settings"].token_scale * max(mass, 1e-6)
         config.expert_pattern[name] = entry
-        # A layer beside the model's has the new settings. On this device it draws no random numbers.
-        with torch.device("meta"):
-            sketch = Linear(layer.base_layer, self.adapter_name, config, layer._channel, name)
+        sketch = _Sketch(layer)
+        sketch.update_layer(self.adapter_name, config, name)
         kept = {kind: state[kind] for kind in (*layer.adapter_layer_names, *KEPT) if kind in state}
         rows = {"trex_A": selection.inputs, "trex_router": selection.experts, "trex_map": selection.experts}
         values = {kind: state[kind][numbers] for kind, numbers in rows.items() if kind in state}
