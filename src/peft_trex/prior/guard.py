@@ -40,9 +40,9 @@ class Guard:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         watch, module, running = self._watch, self._module, self._watch.channel.running
         frame, state = running.frame, running.state
-        # A hook has opened this very call.
         hooked = frame is not None and frame.module is module and not frame.entered
-        if hooked:
+        # A hook has opened this very call, and that is undone, too.
+        if hooked and frame is not None:
             frame = frame.outer
             state = None if frame is None else frame.state
         try:
