@@ -6,10 +6,10 @@ Axis legend: B rows of a batch, T tokens, D_in a layer's input width.
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from .model import TRexModel
 from .prior.inputs import Inputs
+from .undo import Modes, Snapshot
 
 
 def check_count(name: str, value: Any, least: int = 1, none: bool = True) -> None:
@@ -37,6 +38,46 @@ def check_unmerged(tuner: TRexModel, purpose: str) -> None:
         raise ValueError(f"An adapter is merged into the model; call unmerge_adapter() before {purpose}.")
 
 
+class Reading:
+    """A block that reads batches, and leaves the CPU's global random states, which data loaders use, as they were.
+
+    Other threads draw from these states, too, and would get the same numbers again when they are put back. So within
+    the block the states are others, which follow from the former ones. The block stands within an `Undone` of itself.
+    """
+
+    def __init__(self, data: Data) -> None:
+        self._data = data
+        self._states: tuple[Any, Any, Any] | None = None
+        self._bar: Any = None
+
+    def __enter__(self) -> Iterable[Any]:
+        batches, most, title = self._data.batches, self._data.max_batches, self._data.title
+        counts = [] if most is None else [most]
+        # A stream has no length, and neither has its DataLoader.
+        with suppress(TypeError):
+            counts.append(len(batches))  # type: ignore[arg-type]
+        self._states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+        torch.default_generator.manual_seed(int(torch.randint(1 << 62, (), device="cpu")))
+        np.random.seed(np.random.randint(1 << 31))
+        random.seed(random.getrandbits(64))
+        self._bar = tqdm(islice(batches, most), title, min(counts, default=None), disable=title is None)
+        return self._bar
+
+    def __exit__(self, *_: Any) -> None:
+        self.undo()
+
+    def undo(self) -> None:
+        """Put the random states back."""
+        if self._states is not None:
+            torch_state, numpy_state, python_state = self._states
+            torch.set_rng_state(torch_state)
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
+            self._states = None
+        if self._bar is not None:
+            self._bar.close()
+
+
 @dataclass(frozen=True)
 class Data:
     """Batches, of which the first `max_batches` are read (None: all); `title` is the progress bar's (None: no bar)."""
@@ -45,72 +86,55 @@ class Data:
     max_batches: int | None = None
     title: str | None = None
 
-    @contextmanager
-    def read(self) -> Iterator[Iterable[Any]]:
-        """Give the batches; the CPU's global random states, from which data loaders draw, are left as they were."""
-        counts = [] if self.max_batches is None else [self.max_batches]
-        # A stream has no length, and neither has its DataLoader.
-        with suppress(TypeError):
-            counts.append(len(self.batches))  # type: ignore[arg-type]
-        numpy_state, python_state = np.random.get_state(), random.getstate()
-        try:
-            with torch.random.fork_rng(devices=[]):
-                batches = islice(self.batches, self.max_batches)
-                with tqdm(batches, self.title, min(counts, default=None), disable=self.title is None) as bar:
-                    yield bar
-        finally:
-            np.random.set_state(numpy_state)
-            random.setstate(python_state)
 
+class DataPass:
+    """A block in which an adapter alone is active, in eval mode and without gradients; it gives the batches.
 
-@contextmanager
-def flags_kept(tuner: TRexModel) -> Iterator[None]:
-    """Leave it as it was which parameters are trained."""
-    flags = [(parameter, parameter.requires_grad) for parameter in tuner.parameters()]
-    try:
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-@contextmanager
-def data_pass(tuner: TRexModel, adapter_name: str, data: Data) -> Iterator[Iterator[dict[str, Any]]]:
-    """Give each batch on the model's device, while this adapter alone is active, in eval mode without gradients.
-
-    Modules that were compiled in place run as they were written, since hooks have no place in a compiled graph.
+    They are on the model's device. Modules that were compiled in place run as they were written, since hooks have no
+    place in a compiled graph. The block stands within an `Undone` of itself, which takes away the hooks, too.
 
     Raises:
         TypeError: for a batch that is no mapping.
     """
-    home = tuner.prompts.adapters.home()
-    active = list(tuner.active_adapters)
-    disabled = any(layer.disable_adapters for layer in tuner.modules() if isinstance(layer, BaseTunerLayer))
-    training = [(module, module.training) for module in tuner.modules()]
 
-    def moved(batch: Any) -> dict[str, Any]:
-        if not isinstance(batch, Mapping):
-            raise TypeError(
-                f"The dataloader gave a {type(batch).__name__}; expected a mapping such as {{'input_ids': ...}}."
-            )
-        return {key: value.to(home) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    def __init__(self, tuner: TRexModel, adapter_name: str, data: Data) -> None:
+        self._tuner = tuner
+        self._adapter_name = adapter_name
+        self._modes = Modes(tuner)
+        self._running = Snapshot(tuner.prompts.channel.running)
+        self._reading = Reading(data)
+        self._gradients = torch.is_grad_enabled()
+        self._eager: Any = None
 
-    eager = torch.compiler.set_stance("force_eager")
-    with flags_kept(tuner), eager, torch.no_grad(), data.read() as batches:
-        try:
-            tuner.eval()
-            tuner.set_adapter(adapter_name)
-            tuner.enable_adapter_layers()
-            yield map(moved, batches)
-        finally:
-            tuner.set_adapter(active)
-            if disabled:
-                with warnings.catch_warnings():
-                    # PEFT warned of trained biases when the user disabled the adapter.
-                    warnings.simplefilter("ignore")
-                    tuner.disable_adapter_layers()
-            for module, flag in training:
-                module.training = flag
+    def __enter__(self) -> Iterator[dict[str, Any]]:
+        tuner = self._tuner
+        self._eager = torch.compiler.set_stance("force_eager")
+        torch.set_grad_enabled(False)
+        tuner.eval()
+        tuner.set_adapter(self._adapter_name)
+        tuner.enable_adapter_layers()
+        return map(partial(_moved, tuner.prompts.adapters.home()), self._reading.__enter__())
+
+    def __exit__(self, *_: Any) -> None:
+        self._reading.undo()
+        self._modes.restore()
+        torch.set_grad_enabled(self._gradients)
+        if self._eager is not None:
+            self._eager.__exit__(None, None, None)
+
+    def undo(self) -> None:
+        """Leave the model as it was, also if the block, or a forward in it, has not ended as it should."""
+        self._running.undo()
+        self._modes.undo()
+        self.__exit__()
+
+
+def _moved(device: torch.device, batch: Any) -> dict[str, Any]:
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"The dataloader gave a {type(batch).__name__}; expected a mapping such as {{'input_ids': ...}}."
+        )
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
 class Attended(ExitStack):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peft.config import PeftConfig
 from peft.peft_model import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -23,9 +23,10 @@ from .prior.hooks import PromptWatch
 from .prior.positions import position_layers
 from .prior.reach import encoder_modules, modules_outside
 from .prior.semantic_prior import SemanticPrior
-from .quantized import check_mergeable, keep_trainable, release
+from .quantized import check_mergeable, former_weights, keep_trainable, release
 from .saved_rows import SavedRows
 from .targets import check_pattern, check_patterns, check_target, check_untied, settle_targets
+from .undo import Snapshot, Undone
 from .unsuited import keep_called
 
 # TRL's trainers that train an adapter further, such as DPO's, add a reference adapter of this name with the very
@@ -47,6 +48,11 @@ class TRexModel(BaseTuner):
     tuner_layer_cls = TRexLayer
     # The priors belong to the model, not to a layer, and are saved once.
     uses_shared_state: bool = True
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        # PEFT leaves half of the layers in the base model when the first injection fails.
+        with Undone(Snapshot(model)):
+            super().__init__(model, *args, **kwargs)
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         # PEFT has nothing to prepare. Here the layers, which are built next, need the channel that they read from.
@@ -76,7 +82,7 @@ class TRexModel(BaseTuner):
         return settle_targets(peft_config, self.model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        # PEFT injects layers only, and leaves half of them behind when it fails. An adapter also has a prior.
+        # PEFT injects layers only. An adapter also has a prior.
         if not adapter_name or "." in adapter_name:
             raise ValueError(f"An adapter cannot be called {adapter_name!r}: it must be neither empty nor hold a dot.")
         config = self.config_of(adapter_name)
@@ -89,16 +95,8 @@ class TRexModel(BaseTuner):
                 "prior_scope='prompt'."
             )
         self._set_prior(adapter_name, self._make_prior(config))
-        try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-            check_pattern(config, self.layers_of(adapter_name))
-        except BaseException:
-            self._set_prior(adapter_name, None)
-            if set(self.peft_config) <= {adapter_name}:
-                super()._unload_and_optionally_merge(merge=False)
-            else:
-                delete_adapter(self.model, adapter_name, self.prefix, self.tuner_layer_cls)
-            raise
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        check_pattern(config, self.layers_of(adapter_name))
         if adapter_name == REFERENCE and self.peft_config.get("default") is config:
             self._copy_adapter("default", REFERENCE)
         self.prompts.attach()
@@ -188,22 +186,32 @@ class TRexModel(BaseTuner):
             self.set_adapter(self.active_adapters or [next(iter(self.peft_config))])
 
     def merge_adapter(self, adapter_names: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
-        # PEFT has a check of its own, but does not tell it which adapters will be merged.
+        # PEFT does not tell its own check which adapters will be merged, and a failure leaves some layers merged.
         self._check_before_merge(adapter_names)
-        super().merge_adapter(adapter_names, *args, **kwargs)
+        with Undone(self._with_weights()):
+            super().merge_adapter(adapter_names, *args, **kwargs)
+
+    def unmerge_adapter(self) -> None:
+        # What a failure leaves of PEFT's is a model with some layers unmerged.
+        with Undone(self._with_weights()):
+            super().unmerge_adapter()
+
+    def _with_weights(self) -> Snapshot:
+        return Snapshot(self, values=former_weights(layer for _, layer in self.trex_layers()))
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
-        # PEFT puts the innermost layer in a T-REX layer's place, and drops another method's adapter between the two.
-        # Also, the base model must leave without the hooks that watch it.
+        # PEFT puts the innermost layer in a T-REX layer's place, and drops another method's adapter between the two. It
+        # also may fail half-way, and the base model must leave without the hooks that watch it.
+        names = kwargs.get("adapter_names")
         if merge:
-            names = kwargs.get("adapter_names")
             self._check_before_merge(names)
+        with Undone(self._with_weights() if merge else Snapshot(self)):
             for layer in [layer.base_layer for _, layer in self.trex_layers()]:
-                if isinstance(layer, BaseTunerLayer):
+                if merge and isinstance(layer, BaseTunerLayer):
                     layer.merge(safe_merge=kwargs.get("safe_merge", False), adapter_names=names)
-        model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
-        self.prompts.detach()
-        release(model)
+            model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+            self.prompts.detach()
+            release(model)
         return model
 
     def _check_before_merge(self, adapter_names: list[str] | None) -> None:
@@ -273,10 +281,12 @@ class TRexModel(BaseTuner):
         return {name for _, layer in self.trex_layers() for name in layer.trex_static.keys()}
 
     def forget_static(self, adapter_name: str) -> None:
-        """Drop the calibrated static weights of an adapter, which has changed since."""
-        for _, layer in self.trex_layers():
-            layer.keep_static(adapter_name, None)
-        self.prompts.channel.calibrated.discard(adapter_name)
+        """Drop the calibrated static weights of an adapter, which has changed since: those of all layers or none."""
+        layers, calibrated = [layer for _, layer in self.trex_layers()], self.prompts.channel.calibrated
+        with Undone(Snapshot(calibrated, *(layer.trex_static for layer in layers))):
+            for layer in layers:
+                layer.keep_static(adapter_name, None)
+            calibrated.discard(adapter_name)
 
     def forget_trained(self) -> None:
         """Before a training forward: drop the calibrated static weights of the adapters that it will change."""

@@ -9,16 +9,17 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor
 
 from .loading import FOREIGN, IN_FILE, PICKLE, PREFIX, check_config, check_weights, complete_card
 from .prior.hooks import PromptWatch
+from .undo import Snapshot, Undone, copies
 
 Method = Callable[..., Any]
 MARK = "_trex_replacement"
@@ -81,7 +82,6 @@ def _load_into(original: Method, model: Any, model_id: Any, adapter_name: str, *
     PEFT reads no configuration then, and reading the configuration is what checks the file elsewhere. From a hub, PEFT
     would take a pickle where there is nothing else.
     """
-    existed = adapter_name in model.peft_config
     places = model._split_kwargs(dict(kwargs))[0]
     if "use_auth_token" in places:
         places["token"] = places.pop("use_auth_token")
@@ -94,12 +94,7 @@ def _load_into(original: Method, model: Any, model_id: Any, adapter_name: str, *
             hf_hub_download(str(model_id), SAFETENSORS_WEIGHTS_NAME, **places)
         except (OSError, ValueError) as error:
             raise ValueError(f"{model_id} has no {SAFETENSORS_WEIGHTS_NAME} ({error}). {PICKLE}") from error
-
-    def take_back() -> None:
-        if not existed and adapter_name in model.peft_config:
-            model.delete_adapter(adapter_name)
-
-    with _modules_kept(model, take_back):
+    with Undone(Snapshot(model, values=copies(_loaded_into(model, adapter_name)))):
         try:
             return original(model, model_id, adapter_name, *args, **kwargs)
         except KeyError as error:
@@ -109,34 +104,38 @@ def _load_into(original: Method, model: Any, model_id: Any, adapter_name: str, *
             raise
 
 
+def _loaded_into(model: Any, adapter_name: str) -> set[Tensor]:
+    """The tensors that weights are loaded into if the adapter exists: its own, and those trained beside it."""
+    if adapter_name not in model.peft_config:
+        return set()
+    tensors = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            tensors.update(module.parameters())
+        elif hasattr(module, "prior_of"):
+            tensors.update(module.trex_prior.buffers())
+        elif hasattr(module, "parameters_of"):
+            tensors.update(module.parameters_of(adapter_name), module.trex_static.buffers())
+    return tensors
+
+
 def _from_pretrained(original: Method, cls: type, model: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
     """Leave the base model as it was when an adapter's files are refused, which PEFT reads after it has changed it."""
     check_config(_local(model_id, kwargs))
-    adapted = any(isinstance(module, BaseTunerLayer) for module in model.modules())
-
-    def take_back() -> None:
-        for watch in [] if adapted else PromptWatch.on(model):
-            tuner: Any = watch.adapters.active
-            tuner.__self__.unload()
-
-    with _modules_kept(model, take_back):
-        return original(cls, model, model_id, *args, **kwargs)
-
-
-@contextmanager
-def _modules_kept(model: Any, take_back: Callable[[], None]) -> Iterator[None]:
-    """If the block fails, take back what it did, and put the modules in their places and their flags as they were."""
-    places = [(module._modules, dict(module._modules)) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    before = Snapshot(model)
     try:
-        yield
+        return original(cls, model, model_id, *args, **kwargs)
     except BaseException:
-        take_back()
-        for now, before in places:
-            now.update(before)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        # What another method leaves behind is PEFT's to decide.
+        if PromptWatch.on(model):
+            before.undo()
         raise
+
+
+def _all_or_nothing(original: Method, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Leave the model as it was if an adapter is added or deleted, and something ends that half-way."""
+    with Undone(Snapshot(model)):
+        return original(model, *args, **kwargs)
 
 
 def _local(model_id: Any, places: Mapping[str, Any]) -> str:
@@ -160,6 +159,8 @@ def _find_offloaded(original: Method, model: Any, offload_index: Any, adapters_w
 REPLACEMENTS: dict[str, Method] = {
     "create_or_update_model_card": _write_card,
     "_upload_modified_files": _upload_with_card,
+    "add_adapter": _all_or_nothing,
+    "delete_adapter": _all_or_nothing,
     "load_adapter": _load_into,
     "from_pretrained": _from_pretrained,
     "_update_offload": _find_offloaded,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -189,6 +190,26 @@ def restore_weight(layer: Any, former: dict[str, Any]) -> None:
         setattr(layer, name, value.to(layer.weight.device) if moved else value)
     if hasattr(layer, "state"):
         layer.state.reset_grads()
+
+
+def former_weights(layers: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The weights that a merge into the base layers of these changes, each with a tensor that keeps its values.
+
+    A GPU that holds the model may have no room for them once more; then they are kept in the CPU's memory. Quantised
+    weights are replaced as a whole.
+    """
+    pairs = [(layer.base_layer, layer.get_base_layer()) for layer in layers]
+    pairs = [(outer, base) for outer, base in pairs if _is_plain(base) and not base.weight.is_meta]
+    size = sum(base.weight.nbytes for _, base in pairs)
+    for outer, base in pairs:
+        # T-REX puts another tensor in the place of this one, but another method between the two writes into it.
+        stays = outer is base and _has_room(base.weight.device, 2 * size)
+        yield base.weight, base.weight.data if stays else base.weight.detach().to("cpu", copy=True)
+
+
+def _has_room(device: torch.device, size: int) -> bool:
+    """Whether so many bytes are free."""
+    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > size)
 
 
 class _PassGradient(torch.autograd.Function):

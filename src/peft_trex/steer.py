@@ -5,18 +5,19 @@ Axis legend: B rows of a batch, K clusters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
 
 from .model import find_tuner
+from .prior.channel import Block
+from .prior.hooks import PromptWatch
 from .prior.override import find_steerable, resolve
 
 
-@contextmanager
-def steer_trex(model: nn.Module, semantic_prior: Any) -> Iterator[None]:
+def steer_trex(model: nn.Module, semantic_prior: Any) -> AbstractContextManager[None]:
     """Set the semantic prior of all that the model runs within the block, instead of computing it from the prompts.
 
         with steer_trex(model, 3):                            # the skill of cluster 3
@@ -51,9 +52,25 @@ def steer_trex(model: nn.Module, semantic_prior: Any) -> Iterator[None]:
             names unknown clusters or adapters, holds NaN, or has another number of rows than a call. Of several
             adapters with a prior, clusters and mixtures need the name.
     """
-    prompts = find_tuner(model).prompts
-    examples = isinstance(semantic_prior, Mapping)
-    with prompts.scorer.whole_embedding() if examples else nullcontext():
-        override = resolve(prompts.scorer, semantic_prior, find_steerable(prompts.adapters))
-    with prompts.channel.blocks.entered(override):
-        yield
+    return _Steering(find_tuner(model).prompts, semantic_prior)
+
+
+class _Steering(AbstractContextManager[None]):
+    """A block of `steer_trex`. It is a class for the reason that `Undone` is one."""
+
+    def __init__(self, prompts: PromptWatch, semantic_prior: Any) -> None:
+        self._prompts = prompts
+        self._semantic_prior = semantic_prior
+        self._block: Block | None = None
+
+    def __enter__(self) -> None:
+        prompts, value = self._prompts, self._semantic_prior
+        examples = isinstance(value, Mapping)
+        with prompts.scorer.whole_embedding() if examples else nullcontext():
+            override = resolve(prompts.scorer, value, find_steerable(prompts.adapters))
+        self._block = Block(override)
+        prompts.channel.blocks.enter(self._block)
+
+    def __exit__(self, *_: Any) -> None:
+        if self._block is not None:
+            self._prompts.channel.blocks.leave(self._block)

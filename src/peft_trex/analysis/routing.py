@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data_pass import Attended, Data, check_count, check_unmerged, data_pass
+from ..data_pass import Attended, Data, DataPass, check_count, check_unmerged
 from ..mixture import router_logits, weigh_experts
 from ..model import TRexModel, find_peft_model, find_tuner
 from ..prior.inputs import Inputs
+from ..undo import Undone
 from .report import RoutingReport
 from .statistics import ClusterSums, LayerSums
 
@@ -69,7 +70,8 @@ def routing_report(
     check_unmerged(tuner, "its routing is looked at")
     running, recorder = find_peft_model(model), _Recorder(tuner, adapter_name)
     data = Data(dataloader, max_batches, "T-REX routing" if progress else None)
-    with data_pass(tuner, adapter_name, data) as batches, recorder:
+    passing = DataPass(tuner, adapter_name, data)
+    with Undone(passing), passing as batches, recorder:
         for batch in batches:
             labels = _labels(batch, group_by)
             recorder.start(Inputs.of(batch), labels)

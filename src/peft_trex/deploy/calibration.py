@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data_pass import Attended, Data, check_count, check_unmerged, data_pass
+from ..data_pass import Attended, Data, DataPass, check_count, check_unmerged
 from ..layer import TRexLayer
 from ..mixture import mix_features
 from ..model import find_peft_model, find_tuner
 from ..prior.inputs import Inputs
+from ..undo import Snapshot, Undone
 from .moments import RIDGE, Moments, ridge
 
 Fit = Literal["core", "input"]
@@ -126,8 +127,9 @@ def calibrate_trex_merge(
         for name, layer in group.items():
             solutions[name] = _solve(name, layer, adapter_name, moments.pop(name), fit)
     report = _report(solutions, fit, clusters)
-    for name, layer in layers.items():
-        layer.keep_static(adapter_name, solutions[name].static)
+    with Undone(Snapshot(tuner)):
+        for name, layer in layers.items():
+            layer.keep_static(adapter_name, solutions[name].static)
     return report
 
 
@@ -175,7 +177,8 @@ def _gather(
         mask = attended.kept(args[0], layer)
         sums.add(*(values[mask].to(sums.zz.device) for values in (x if fit == "input" else a, m, clusters)))
 
-    with Attended(tuner) as attended, data_pass(tuner, adapter_name, data) as batches, ExitStack() as hooks:
+    passing = DataPass(tuner, adapter_name, data)
+    with Undone(passing), Attended(tuner) as attended, passing as batches, ExitStack() as hooks:
         for name, layer in layers.items():
             hooks.enter_context(layer.register_forward_pre_hook(partial(count, name)))
         for batch in batches:

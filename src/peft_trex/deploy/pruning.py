@@ -19,15 +19,19 @@ from torch.nn import functional as F
 
 from ..analysis.report import RoutingReport
 from ..config import TRexConfig
-from ..data_pass import Attended, Data, check_count, check_unmerged, data_pass, flags_kept
+from ..data_pass import Attended, Data, DataPass, check_count, check_unmerged
 from ..layer import TRexLayer
 from ..lora.export import target_names
 from ..model import TRexModel, find_peft_model, find_tuner
+from ..parameters import TRexParameters
 from ..prior.inputs import Inputs
+from ..undo import Snapshot, Undone
 from .prune_plan import LayerCosts, Selection, choose
 
 # A layer holds these by adapter: parameters, modules, settings and buffers.
 KINDS = (*TRexLayer.adapter_layer_names, *TRexLayer.other_param_names)
+# Besides its parameters, a smaller layer has these of the whole one.
+KEPT = ("trex_dropout", "trex_reached")
 
 
 @dataclass(frozen=True)
@@ -108,14 +112,15 @@ def prune_trex(model: nn.Module, report: RoutingReport, keep: float = 1.0) -> TR
         names = target_names(tuner.model, rest)
         config.target_modules = set(names) if isinstance(names, list) else names  # type: ignore[assignment]
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    pruner.put(states)
-    tuner.peft_config[pruner.adapter_name] = config
-    tuner.forget_static(pruner.adapter_name)
-    for name in pruned.removed:
-        layer: Any = pruner.layers[name]
-        if not layer.trex_A.keys():
-            tuner.model.set_submodule(name, layer.base_layer)
-            tuner.targeted_module_names = [other for other in tuner.targeted_module_names if other != name]
+    with Undone(Snapshot(tuner)):
+        pruner.put(states)
+        tuner.peft_config[pruner.adapter_name] = config
+        tuner.forget_static(pruner.adapter_name)
+        for name in pruned.removed:
+            layer: Any = pruner.layers[name]
+            if not layer.trex_A.keys():
+                tuner.model.set_submodule(name, layer.base_layer)
+                tuner.targeted_module_names = [other for other in tuner.targeted_module_names if other != name]
     return pruned
 
 
@@ -147,21 +152,20 @@ def pruning_curve(
     tuner, peft_model = pruner.tuner, find_peft_model(model)
     totals, count = [0.0] * len(plans), 0
     data = Data(dataloader, max_batches, "T-REX pruning" if progress else None)
-    try:
-        with Attended(tuner) as attended, data_pass(tuner, pruner.adapter_name, data) as batches:
-            variants = [pruner.prune(selections)[1] for selections, _ in plans]
-            for batch in batches:
-                attended.start(Inputs.of(batch))
-                mask = _predicting(tuner, batch, attended)
-                pruner.put(pruner.whole)
-                expected = _log_probabilities(peft_model(**batch), mask)
-                count += len(expected)
-                for number, states in enumerate(variants):
-                    pruner.put(states)
-                    actual = _log_probabilities(peft_model(**batch), mask)
-                    totals[number] += float((expected.exp() * (expected - actual)).sum(dtype=torch.float64))
-    finally:
-        pruner.put(pruner.whole)
+    variants = [pruner.prune(selections)[1] for selections, _ in plans]
+    passing = DataPass(tuner, pruner.adapter_name, data)
+    with Undone(pruner, passing), Attended(tuner) as attended, passing as batches:
+        for batch in batches:
+            attended.start(Inputs.of(batch))
+            mask = _predicting(tuner, batch, attended)
+            pruner.put(pruner.whole)
+            expected = _log_probabilities(peft_model(**batch), mask)
+            count += len(expected)
+            for number, states in enumerate(variants):
+                pruner.put(states)
+                actual = _log_probabilities(peft_model(**batch), mask)
+                totals[number] += float((expected.exp() * (expected - actual)).sum(dtype=torch.float64))
+        pruner.undo()
     if not count:
         raise ValueError("The dataloader gave no batch with a token to predict from; a curve needs some.")
     return [
@@ -176,6 +180,17 @@ def pruning_curve(
     ]
 
 
+class _Sketch(nn.Module, TRexLayer):
+    """A layer beside one of the model, for the settings that a configuration makes. It draws no random start."""
+
+    def __init__(self, layer: TRexLayer) -> None:
+        super().__init__()
+        TRexParameters.__init__(self, layer.base_layer, layer._channel)
+
+    def reset_trex_parameters(self, *_: Any) -> None:
+        pass
+
+
 class _Pruner:
     """An adapter and its routing report, checked against each other."""
 
@@ -187,6 +202,7 @@ class _Pruner:
         self.layers = self.tuner.layers_of(self.adapter_name)
         check_unmerged(self.tuner, "pruning")
         self.whole = {name: self._state_of(layer) for name, layer in self.layers.items()}
+        self.undo = Snapshot(*(getattr(layer, kind) for layer in self.layers.values() for kind in KINDS)).undo
         self.unseen = 0
         for name, layer in self.layers.items():
             parameters = layer.parameters_of(self.adapter_name)
@@ -238,14 +254,9 @@ class _Pruner:
     def prune(self, selections: Mapping[str, Selection]) -> tuple[TRexConfig, dict[str, dict[str, Any]]]:
         """The configuration and the states of an adapter with these vectors alone; this one stays as it is."""
         config, states = copy.deepcopy(self.config), dict(self.whole)
-        # A layer that gets an adapter makes all of the active adapters trainable.
-        with flags_kept(self.tuner):
-            try:
-                for name, selection in selections.items():
-                    if selection is not self.costs[name].whole:
-                        states[name] = self._shrink(name, selection, config)
-            finally:
-                self.put(self.whole)
+        for name, selection in selections.items():
+            if selection is not self.costs[name].whole:
+                states[name] = self._shrink(name, selection, config)
         return config, states
 
     @torch.no_grad()
@@ -266,15 +277,16 @@ class _Pruner:
             mass = sum(load[expert] for expert in selection.experts) / sum(load)
             entry["token_scale"] = state["trex_settings"].token_scale * max(mass, 1e-6)
         config.expert_pattern[name] = entry
-        layer.update_layer(self.adapter_name, config, name)
-        kept = {kind: state[kind] for kind in (*layer.adapter_layer_names, "trex_dropout") if kind in state}
+        sketch = _Sketch(layer)
+        sketch.update_layer(self.adapter_name, config, name)
+        kept = {kind: state[kind] for kind in (*layer.adapter_layer_names, *KEPT) if kind in state}
         rows = {"trex_A": selection.inputs, "trex_router": selection.experts, "trex_map": selection.experts}
         values = {kind: state[kind][numbers] for kind, numbers in rows.items() if kind in state}
         B = state["trex_B"]
         wide = torch.promote_types(B.dtype, torch.float32)
         values["trex_B"] = (B.to(wide) @ selection.take_over.to(B.device, wide)).to(B.dtype)
         smaller = {kind: nn.Parameter(value, state[kind].requires_grad) for kind, value in values.items()}
-        return self._state_of(layer) | kept | smaller
+        return self._state_of(sketch) | kept | smaller
 
     def _state_of(self, layer: TRexLayer) -> dict[str, Any]:
         """What a layer holds of the adapter, by kind."""

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..config import TRexConfig
-from ..data_pass import Data, check_count
+from ..data_pass import Data, Reading, check_count
 from ..layer import TRexLayer
 from ..model import REFERENCE, TRexModel, find_tuner
 from ..prior.chat import ChatMarkers
 from ..prior.inputs import EMBEDS, Inputs
 from ..prior.semantic_prior import SemanticPrior
+from ..undo import Snapshot, Undone, copies
 from .clustering import TRexPriorReport, cluster
 from .external import as_array, as_mapping
 from .messages import Counts, MarkerSearch, report_markers, search_template
@@ -130,19 +131,21 @@ def initialize_trex_prior(
         else:
             data = Data(dataloader, max_batches, "T-REX prior" if progress and ranks.rank == 0 else None)
         whole = nullcontext() if external else tuner.prompts.scorer.whole_embedding()
-        with whole, data.read() as batches:
+        reading = Reading(data)
+        with Undone(reading), whole, reading as batches:
             fit, report = _sample_and_cluster(batches, embed, search, prior, ranks, seed)
         names = [adapter_name, *_unfitted_copy(tuner, adapter_name)]
-        for fitted in filter(None, map(tuner.prior_of, names)):
-            fitted.set(**fit)
-        tuner.forget_static(adapter_name)
-        if search.markers is not None:
-            # The user's own object may serve another model too, so a copy takes its place.
-            config = copy(config)
-            config.chat_markers = search.markers.as_value()
-            tuner.peft_config.update(dict.fromkeys(names, config))
-            if ranks.rank == 0:
-                report_markers(adapter_name, remark)
+        with Undone(Snapshot(tuner, values=copies(tuner.trex_prior.buffers()))):
+            for fitted in filter(None, map(tuner.prior_of, names)):
+                fitted.set(**fit)
+            tuner.forget_static(adapter_name)
+            if search.markers is not None:
+                # The user's own object may serve another model too, so a copy takes its place.
+                config = copy(config)
+                config.chat_markers = search.markers.as_value()
+                tuner.peft_config.update(dict.fromkeys(names, config))
+        if search.markers is not None and ranks.rank == 0:
+            report_markers(adapter_name, remark)
     used = ChatMarkers.of(config.chat_markers)
     return replace(report, chat_markers=used and used.as_value())
 

@@ -20,6 +20,9 @@ def talking() -> Iterator[None]:
     """Turn an error of the connection into one that says what may have happened."""
     try:
         yield
+    except torch.cuda.OutOfMemoryError:
+        # It is a RuntimeError, too.
+        raise
     except RuntimeError as error:
         raise RuntimeError(
             "Another rank left or did not answer in time: it failed, was interrupted or killed, or never came here, "

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from ..data_pass import Data
+from ..data_pass import Data, Reading
+from ..undo import Undone
 
 ADVICE = (
     "Let each __iter__ of the data set begin anew (datasets.IterableDataset.from_generator does), or fit the prior "
@@ -53,8 +54,9 @@ class Stream:
         name = type(getattr(self._loader, "dataset", self._loader)).__name__
         again, cause = [], None
         try:
-            # The random states are kept, so that rows which are drawn by chance come again.
-            with Data(self._loader, max_batches=1).read() as batches:
+            # The random states are the same as in the fit, so that rows which are drawn by chance come again.
+            reading = Reading(Data(self._loader, max_batches=1))
+            with Undone(reading), reading as batches:
                 again = list(batches)
         except Exception as error:
             # Accelerate's loaders raise where a stream gives nothing.

@@ -21,6 +21,7 @@ from ..config import TRexConfig
 from ..fit.fitting import initialize_trex_prior
 from ..model import TRexModel, find_tuner
 from ..prior.inputs import EMBEDS, Inputs
+from ..undo import Snapshot, Undone
 from .lora_fit import LayerErrors, PromptScores, prompt_scores, start_layer
 from .reader import Lora, Source, factors_by_layer, read_lora
 
@@ -107,8 +108,8 @@ def trex_from_lora(
             raise ValueError(f"prompts must list {wanted}; got {count}.")
         prompts = [list(batches) if isinstance(batches, Iterator) else batches for batches in prompts]
     settings = _settings(config, loras, with_prompts=prompts is not None)
-    peft_model = get_peft_model(model, settings, adapter_name=adapter_name)
-    try:
+    with Undone(Snapshot(model)):
+        peft_model = get_peft_model(model, settings, adapter_name=adapter_name)
         tuner = find_tuner(peft_model)
         layers = tuner.layers_of(adapter_name)
         missing = [name for name in factors if name not in layers]
@@ -127,9 +128,6 @@ def trex_from_lora(
             layer.reset_trex_parameters(adapter_name, "zero_router")
             if name in factors:
                 errors[name] = start_layer(layer, adapter_name, settings, factors[name], scores)
-    except Exception:
-        peft_model.base_model.unload()  # type: ignore[operator]
-        raise
     return peft_model, _report(loras, settings.expert_layout, errors)
 
 

@@ -6,8 +6,7 @@ Axis legend: B rows of a batch, T tokens, K clusters.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import dataclass
@@ -71,12 +70,19 @@ class Block:
 
     Attributes:
         override: what it sets.
+        runs: whether it has begun and not ended. Each is one assignment, which an interrupt cannot cut: a block that
+            does not run counts nowhere.
         astray: whether it was entered while another block ran in this thread, but not around it.
     """
 
-    def __init__(self, override: Override, astray: bool) -> None:
+    def __init__(self, override: Override) -> None:
         self.override = override
-        self.astray = astray
+        self.runs = False
+        self.astray = False
+
+
+def _running_blocks(blocks: tuple[Block, ...]) -> tuple[Block, ...]:
+    return tuple(block for block in blocks if block.runs)
 
 
 class Blocks:
@@ -89,25 +95,26 @@ class Blocks:
         self._running = running
         self._variable: ContextVar[tuple[Block, ...]] = ContextVar("steer_trex", default=())
 
-    @contextmanager
-    def entered(self, override: Override) -> Iterator[None]:
-        """A block, which ends alone, in whatever order blocks end."""
-        around, running = self._variable.get(), self._running
-        block = Block(override, astray=running.blocks != around)
+    def enter(self, block: Block) -> None:
+        """Begin a block."""
+        around, inside = _running_blocks(self._variable.get()), _running_blocks(self._running.blocks)
+        block.astray = around != inside
         self._variable.set((*around, block))
-        running.blocks = (*running.blocks, block)
-        try:
-            yield
-        finally:
-            self._variable.set(tuple(each for each in self._variable.get() if each is not block))
-            running.blocks = tuple(each for each in running.blocks if each is not block)
+        self._running.blocks = (*inside, block)
+        block.runs = True
+
+    def leave(self, block: Block) -> None:
+        """End a block, and no other one, in whatever order blocks end."""
+        block.runs = False
+        self._variable.set(_running_blocks(self._variable.get()))
+        self._running.blocks = _running_blocks(self._running.blocks)
 
     def innermost(self) -> Override | None:
         """What the innermost block sets, None outside of all."""
         if not torch.compiler.is_compiling():
-            blocks = self._variable.get()
+            blocks = _running_blocks(self._variable.get())
             return blocks[-1].override if blocks else None
-        blocks = self._running.blocks
+        blocks = _running_blocks(self._running.blocks)
         if any(block.astray for block in blocks):
             raise ValueError(
                 "Several steer_trex blocks run in this thread, one not within the other, and a compiled forward "

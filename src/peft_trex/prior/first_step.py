@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from ..undo import Modes, Undone
 from .adapters import Adapters
 
 
@@ -44,7 +45,7 @@ class FirstStep:
         if self.over and self._optimizers is not None:
             self._optimizers.remove()
             self._optimizers = None
-        if self.over or self._handles:
+        if self.over or self._called:
             return
         if not (module.training and torch.is_grad_enabled()):
             return
@@ -52,20 +53,24 @@ class FirstStep:
         self.over = any(map(_is_compiled, base.modules()))
         if self.over:
             return
-        for path, layer in self.adapters.layers():
-            if self._trained(layer):
-                self._layers.append((path, layer, base.get_submodule(path.rpartition(".")[0])))
-        # The hooks of this module have run already.
-        self._called = {module}
-        watched = {each for _, layer, around in self._layers for each in (layer, around)}
-        self._handles = [each.register_forward_pre_hook(self._call) for each in watched]
-        # The hook must not keep this object alive, and the model with it.
-        this = weakref.WeakMethod(self.step)
-        self._optimizers = register_optimizer_step_pre_hook(lambda *_: _run(this))
+        layers = [
+            (path, layer, base.get_submodule(path.rpartition(".")[0]))
+            for path, layer in self.adapters.layers()
+            if self._trained(layer)
+        ]
+        watched = {each for _, layer, around in layers for each in (layer, around)}
+        if self._optimizers is None:
+            # The hook must not keep this object alive, and the model with it.
+            this = weakref.WeakMethod(self.step)
+            self._optimizers = register_optimizer_step_pre_hook(lambda *_: _run(this))
+        with Undone(Modes(base)):
+            handles = [each.register_forward_pre_hook(self._call) for each in watched]
+            # The hooks of this module have run already.
+            self._layers, self._called, self._handles = layers, {module}, handles
 
     def step(self) -> None:
         """Before the first step: stop to watch, and say what it will not train."""
-        if self.over:
+        if self.over or not self._called:
             return
         missed = [
             path

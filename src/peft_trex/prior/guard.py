@@ -19,15 +19,12 @@ class Watch(Protocol):
     def open(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before a forward: the arguments that are left for it."""
 
-    def close(self, module: nn.Module, args: tuple, output: Any) -> Any:
+    def close(self, module: nn.Module, output: Any) -> Any:
         """After a forward: another output, or None."""
-
-    def leave(self, module: nn.Module) -> None:
-        """After a forward that failed."""
 
 
 class Guard:
-    """Stands for a module's forward, to see what hooks do not: calls of `.forward`, and ends such as Ctrl-C.
+    """Stands for a module's forward, to see what hooks do not: calls of `.forward`, and whatever ends them.
 
     Where accelerate keeps the forward that it has wrapped, the guard stands there, and so outlives accelerate's hooks.
     """
@@ -41,29 +38,29 @@ class Guard:
         setattr(module, self._place, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        watch, module = self._watch, self._module
-        frame = watch.channel.running.frame
-        # A hook has opened this very call.
+        watch, module, running = self._watch, self._module, self._watch.channel.running
+        frame, state = running.frame, running.state
         hooked = frame is not None and frame.module is module and not frame.entered
+        # A hook has opened this very call, and that is undone, too.
+        if hooked and frame is not None:
+            frame = frame.outer
+            state = None if frame is None else frame.state
         try:
             if not hooked:
                 args, kwargs = watch.open(module, args, kwargs)
-                frame = watch.channel.running.frame
-            if frame is not None and frame.module is module:
-                frame.entered = True
+            if running.frame is not None and running.frame.module is module:
+                running.frame.entered = True
             output = self._forward(*args, **kwargs)
-        except Exception:
-            # PyTorch calls the hooks then.
-            if not hooked:
-                watch.leave(module)
-            raise
+            changed = watch.close(module, output)
+            return output if changed is None else changed
         except BaseException:
-            watch.leave(module)
+            running.frame, running.state = frame, state
             raise
-        if hooked:
-            return output
-        changed = watch.close(module, args, output)
-        return output if changed is None else changed
+
+    @staticmethod
+    def stands_for(module: nn.Module) -> bool:
+        """Whether a guard is called when this module is."""
+        return any(isinstance(vars(module).get(place), Guard) for place in ("forward", "_old_forward"))
 
     def remove(self) -> None:
         """Put the forward back, wherever the guard stands now."""

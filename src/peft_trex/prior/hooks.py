@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..undo import Snapshot, Undone
 from .adapters import Adapters, find_pad_token
 from .channel import CheckpointWithPrior, Frame, PriorChannel
 from .conversation import Conversations
@@ -70,7 +71,7 @@ class PromptWatch:
             if module is base or isinstance(module, PreTrainedModel):
                 self._handles += [
                     module.register_forward_pre_hook(self.open, with_kwargs=True),
-                    module.register_forward_hook(self.close, always_call=True),
+                    module.register_forward_hook(self._close_unguarded, always_call=True),
                 ]
                 self._guards.append(Guard(self, module))
             if hasattr(module, "gradient_checkpointing"):
@@ -110,8 +111,10 @@ class PromptWatch:
 
         These are `semantic_embeds`, `semantic_prior` and, unless the module names it as its own, `completion_mask`.
         """
-        running = self.channel.running
-        outer = running.frame
+        outer = self.channel.running.frame
+        # An interrupt came between the hook that opened this frame and its forward.
+        while outer is not None and not outer.entered and Guard.stands_for(outer.module):
+            outer = outer.outer
         again = outer is not None and outer.module is module
         if again:
             # What ends this forward must not end the outer one of the same module.
@@ -150,16 +153,23 @@ class PromptWatch:
         if coefficients:
             assert frame.state is not None
             frame.state = replace(frame.state, losses=self.losses.start(coefficients, inputs))
-        self._push(frame)
         self._wrap_checkpoints()
+        self._push(frame)
         return args, kwargs
 
-    def close(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        """After a forward, which may have failed: keep its history with its cache, and add the router losses."""
+    def _close_unguarded(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """After a forward that other code has put in the place of the guarded one, and which may have failed."""
         frame = self.channel.running.frame
+        return None if frame is None or frame.entered else self.close(module, output)
+
+    def close(self, module: nn.Module, output: Any) -> Any:
+        """After a forward: end it, keep its history with its cache, and add the router losses."""
+        running = self.channel.running
+        frame = running.frame
         if frame is None or frame.module is not module:
             return None
-        self.leave(module)
+        running.frame = frame.outer
+        running.state = None if frame.outer is None else frame.outer.state
         encoded = output if hasattr(output, "last_hidden_state") else None
         for carrier in (*frame.caches, *caches_in(output), encoded):
             if frame.history is not None and carrier is not None:
@@ -167,13 +177,6 @@ class PromptWatch:
         if frame.state is None or frame.state.losses is None or output is None:
             return None
         return self.losses.end(frame.state.losses, output)
-
-    def leave(self, module: nn.Module) -> None:
-        """End the innermost forward if it is this module's."""
-        running = self.channel.running
-        if running.frame is not None and running.frame.module is module:
-            running.frame = running.frame.outer
-            running.state = None if running.frame is None else running.frame.state
 
     def _push(self, frame: Frame) -> None:
         self.channel.running.frame, self.channel.running.state = frame, frame.state
@@ -217,10 +220,9 @@ class PromptWatch:
         if part_of is not None and part_of.content is not None and part_of.begins(inputs):
             return generate(*args, **kwargs)
         generation = self.conversations.start(inputs, embeds, names, override)
-        running.generation, running.frame, running.state = generation, None, None
-        try:
+        with Undone(Snapshot(running)):
+            running.generation, running.frame, running.state = generation, None, None
             output = generate(*args, **kwargs)
-        finally:
             running.generation, running.frame, running.state = outer, frame, state
         self.conversations.end(generation, output)
         return output

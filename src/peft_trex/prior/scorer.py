@@ -89,12 +89,18 @@ class PromptScorer:
         """The frozen embeddings (..., d) of token ids, as a prior reads them or as the base model has them."""
         if not isinstance(ids, Tensor):
             raise TypeError(f"input_ids is a {type(ids).__name__}; expected a tensor of token ids (B, T).")
-        training, embedding.training = embedding.training, False  # NEFTune adds noise to it in training
         # A weight that accelerate keeps elsewhere stands on meta, and its hook knows where the ids have to go.
         ids = ids if embedding.weight.is_meta else ids.to(embedding.weight.device)
+        training = embedding.training
+        # An interrupt may come just before the first of two restorations, so there is a second one.
         try:
-            # FSDP2, ZeRO-3 and accelerate bring the weight when the module is called.
-            embeds: Tensor = embedding.forward(ids) if self._whole else embedding(ids)
+            try:
+                # NEFTune adds noise to it in training.
+                embedding.training = False
+                # FSDP2, ZeRO-3 and accelerate bring the weight when the module is called.
+                embeds: Tensor = embedding.forward(ids) if self._whole else embedding(ids)
+            finally:
+                embedding.training = training
         finally:
             embedding.training = training
         return embeds if prior is None else prior.read(embeds, ids)
@@ -113,21 +119,22 @@ class PromptScorer:
         if self._whole or not (sharded or zero3):
             yield
             return
-        self._whole = True
+        # Here, too, the second restoration is for an interrupt of the first.
         try:
-            if zero3:
-                import deepspeed  # type: ignore[import-not-found]
+            try:
+                self._whole = True
+                if zero3:
+                    import deepspeed  # type: ignore[import-not-found]
 
-                with deepspeed.zero.GatheredParameters([weight]):
+                    with deepspeed.zero.GatheredParameters([weight]):
+                        yield
+                else:
+                    embedding.weight = nn.Parameter(weight.full_tensor(), requires_grad=False)
                     yield
-            else:
-                embedding.weight = nn.Parameter(weight.full_tensor(), requires_grad=False)
-                try:
-                    yield
-                finally:
-                    embedding.weight = weight
+            finally:
+                embedding.weight, self._whole = weight, False
         finally:
-            self._whole = False
+            embedding.weight, self._whole = weight, False
 
     def _may_look(self, key: str, value: Tensor) -> bool:
         """Whether to look at a value for a warning: not again, and ever more seldom where that waits for a GPU."""

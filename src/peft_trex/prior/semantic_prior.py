@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..undo import Snapshot, Undone, copies
 from .token_rows import TOKEN_IDS, TOKEN_ROWS, replace_rows
 
 
@@ -85,14 +86,15 @@ class SemanticPrior(nn.Module):
 
     @torch.no_grad()
     def set(self, centroids: Tensor, mean: Tensor, mean_scores: Tensor, whitening: Tensor | None = None) -> None:
-        """Take over a finished fit, all at once."""
-        self.centroids.copy_(F.normalize(centroids, dim=-1))
-        if self.whitening is not None:
-            assert whitening is not None
-            self.whitening.copy_(whitening)
-        self.mean.copy_(mean)
-        self.mean_scores.copy_(mean_scores)
-        self.look()
+        """Take over a finished fit, all at once or not at all."""
+        with Undone(Snapshot(self, values=copies(self.buffers()))):
+            self.centroids.copy_(F.normalize(centroids, dim=-1))
+            if self.whitening is not None:
+                assert whitening is not None
+                self.whitening.copy_(whitening)
+            self.mean.copy_(mean)
+            self.mean_scores.copy_(mean_scores)
+            self.look()
 
     @torch.no_grad()
     def score(self, embedding: Tensor) -> Tensor:
