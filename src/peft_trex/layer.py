@@ -31,17 +31,18 @@ class TRexLayer(TRexParameters):
 
     def _prior(self, adapter_name: str, scores: Tensor | None) -> Tensor | None:
         """Prior of each expert (..., E) from the scores of the clusters (..., K); None stands for zero in both."""
-        [mapping] = self._find(("trex_map",), adapter_name)
+        mapping, core = self._find(("trex_map", "trex_core"), adapter_name)
+        chosen, prior = self.trex_chosen.get(adapter_name), scores
         if mapping is not None:
             # Without scores, the map still takes part in the graph: DDP waits for every parameter.
             scores = mapping.new_zeros(1, mapping.shape[1]) if scores is None else scores.to(mapping.dtype)
-            return F.linear(scores, mapping)
-        chosen = self.trex_chosen.get(adapter_name)
-        if chosen is None or scores is None:
-            return scores
-        if chosen.device != scores.device:
-            chosen = self.trex_chosen[adapter_name] = chosen.to(scores.device)
-        return scores.index_select(-1, chosen)
+            prior = F.linear(scores, mapping)
+        elif chosen is not None and scores is not None:
+            if chosen.device != scores.device:
+                chosen = self.trex_chosen[adapter_name] = chosen.to(scores.device)
+            prior = scores.index_select(-1, chosen)
+        # The sum is in the core's dtype, so that autocast does not round the map's small part away beside it.
+        return prior if core is None else core[None] if prior is None else prior + core
 
     def _prior_for(self, adapter_name: str, x: Tensor, experts: Experts, shared: bool = False) -> Tensor | None:
         """Prior of each expert for an input `x` of the forward that runs, None where it has no part.

@@ -268,7 +268,8 @@ class _Pruner:
         config.expert_pattern[name] = entry
         layer.update_layer(self.adapter_name, config, name)
         kept = {kind: state[kind] for kind in (*layer.adapter_layer_names, "trex_dropout") if kind in state}
-        rows = {"trex_A": selection.inputs, "trex_router": selection.experts, "trex_map": selection.experts}
+        rows = dict.fromkeys(("trex_router", "trex_map", "trex_core"), selection.experts)
+        rows["trex_A"] = selection.inputs
         values = {kind: state[kind][numbers] for kind, numbers in rows.items() if kind in state}
         B = state["trex_B"]
         wide = torch.promote_types(B.dtype, torch.float32)
