@@ -31,8 +31,8 @@ class TRexConfig(PeftConfig):
         num_clusters: K, the number of clusters of the training prompts. The paper's value is 32.
         prior_map: How the K cluster scores reach the E experts: as they are ("identity", which needs K = E), or
             through a trained matrix (E, K) in each layer ("learned"). "auto" takes the identity when K = E.
-        shared_core: True adds a trained core C to each layer's prior, one number for each of the E experts, which every
-            prompt and token gets (ours, not the paper's). Without a token router the layer is then a LoRA whose core
+        shared_core: True adds a trained core C to each layer's prior, one number for each of the E experts, which all
+            prompts and tokens get (ours, not the paper's). Without a token router the layer is then a LoRA whose core
             moves with the prompt, and prompts share what they have in common. C starts at half the identity, and a
             learned map beside it at 0.3 of its usual size. Where a prior is zero or not fitted, C alone is left.
         use_router: False is the ablation without the token router.

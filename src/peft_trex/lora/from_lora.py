@@ -150,7 +150,8 @@ def _settings(options: dict[str, Any], loras: list[Lora], with_prompts: bool) ->
     tasks = {lora.config.task_type for lora in loras}
     values.setdefault("task_type", tasks.pop() if len(tasks) == 1 else None)
     config = TRexConfig(**values)
-    starts = {"use_router": (True, not config.shared_core), "router_top_k": (None,), "init_weights": (True, "zero_router")}
+    starts = {"router_top_k": (None,), "init_weights": (True, "zero_router")}
+    starts["use_router"] = (True, not config.shared_core)
     for name, values_of_start in starts.items():
         if getattr(config, name) not in values_of_start:
             raise ValueError(

@@ -13,8 +13,8 @@ with the scores s adds `(1 - omega) c_prior M s`. What such weights can express 
   prior must add everything else.
 
 A shared core adds `(1 - omega) c_prior C`, which together with u makes the mean of all adapters in both layouts; the
-prior adds what a single adapter has more. The experts are scaled so that C starts at its usual size: for one adapter it
-is the usual start itself, half of the identity. The bases of a grid are turned to the singular parts of the mean.
+prior adds what a single adapter has more. The experts are scaled so that C starts at its usual size: for one adapter
+it is the usual start itself, half of the identity. The bases of a grid are turned to the singular parts of the mean.
 """
 
 from __future__ import annotations
