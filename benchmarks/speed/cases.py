@@ -18,7 +18,9 @@ from speed.measure import Job, wait
 from speed.variants import (
     FEW,
     LORA,
+    MODELS,
     PRECISIONS,
+    RECOMMENDED,
     SIZES,
     TREX,
     VARIANTS,
@@ -152,18 +154,24 @@ def _layer_group(
     names: tuple[str, ...] = FEW,
 ) -> Group:
     on = adapted_layer(width, *experts)
+    checked = [config for name, config in variants(on, names) if name in (TREX, RECOMMENDED)]
+
+    def check() -> None:
+        for config in checked:
+            check_one_layer(config, rows, tokens, width, setting.precision, setting.device)
+
     shape = {"sweep": sweep, "tokens": rows * tokens, "width": width, "experts": experts[0] * experts[1]}
     return Group(
         shape,
         lambda: {name: _layer_job(config, rows, tokens, width, setting) for name, config in variants(on, names)},
-        lambda: check_one_layer(rows, tokens, width, experts, setting.precision, setting.device),
+        check,
     )
 
 
 def layer(setting: Setting) -> Iterator[Group]:
     size = setting.shapes
     rows, tokens, width = size.rows, size.tokens, size.hidden
-    yield _layer_group(setting, None, rows, tokens, width, (4, 8), FEW if setting.slow else tuple(VARIANTS))
+    yield _layer_group(setting, None, rows, tokens, width, (4, 8), MODELS if setting.slow else tuple(VARIANTS))
     if setting.slow:
         return
     for count in size.token_sweep:
@@ -187,7 +195,7 @@ def _model_group(
     **shape: Any,
 ) -> Group:
     """Variants of one base model, whose weights they share; by default all, for which there is time."""
-    chosen = names or (FEW if setting.slow else tuple(VARIANTS))
+    chosen = names or (MODELS if setting.slow else tuple(VARIANTS))
     layers = layers or setting.layers
 
     def jobs() -> dict[str, Job]:
@@ -201,7 +209,8 @@ def _model_group(
         return made
 
     def check_eager() -> None:
-        check_model(setting.shapes, setting.precision, setting.device)
+        for name in {TREX, RECOMMENDED}.intersection(chosen):
+            check_model(setting.shapes, setting.precision, setting.device, name)
 
     return Group({**shape, "layers": layers}, jobs, check or check_eager, baseline=baseline)
 
@@ -248,14 +257,19 @@ def compiled(setting: Setting) -> Iterator[Group]:
         return
     torch._dynamo.reset()  # which counts how often the same code was compiled, for other models too, and gives up
     size = setting.shapes
+
+    def check() -> None:
+        on = adapted_layer(size.hidden, 4, 8)
+        where = (size.rows, size.tokens, size.hidden, setting.precision, setting.device, setting.backend)
+        for name in (TREX, RECOMMENDED):
+            check_one_layer(VARIANTS[name](on), *where)
+
     yield _model_group(
         setting,
         _compiled_job,
-        FEW,
+        MODELS,
         layers=2,  # compiling takes minutes
-        check=lambda: check_one_layer(
-            size.rows, size.tokens, size.hidden, (4, 8), setting.precision, setting.device, setting.backend
-        ),
+        check=check,
         tokens=size.rows * size.tokens,
     )
 

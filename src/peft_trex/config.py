@@ -61,9 +61,9 @@ class TRexConfig(PeftConfig):
         prior_dim: Width of the external embeddings; only with prior_encoder="external", and needed there.
         prior_whitening: Compare prompts along this many principal directions of the training prompts' embeddings, each
             scaled to the same variance, so that the strongest (whether prompts are words or numbers, say) does not
-            drown those that tell tasks apart. 16 kept 8 and 16 tasks apart best (benchmarks/results/studies.md). "auto"
-            takes K, or as many as the embeddings vary in where these are fewer. None compares the embeddings as they
-            are, centred.
+            drown those that tell tasks apart. 16 kept 8 and 16 tasks apart best (benchmarks/results/studies.md).
+            "auto" takes K, or as many as the embeddings vary in where these are fewer. None compares the embeddings
+            as they are, centred.
         prior_scope: The tokens that the prior acts on. "prompt", the paper's: all tokens of a turn, a prompt and its
             answer. "answer": those from the last token of the prompt on, which predict the answer; the prompt's other
             tokens see zero, so that a cached prefix or an earlier turn does not depend on what follows.

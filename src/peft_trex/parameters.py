@@ -100,8 +100,7 @@ class TRexParameters(BaseTunerLayer):
             config.expert_layout,
             None if config.router_top_k is None else min(config.router_top_k, experts),
         )
-        # Without a router, no path is faster than the formula.
-        self.trex_fused[adapter_name] = config.use_router and config.mixture_implementation == "auto"
+        self.trex_fused[adapter_name] = config.mixture_implementation == "auto"
         self.trex_uses_prior[adapter_name] = config.use_prior
         self.trex_reached[adapter_name] = True
         self.trex_chosen.pop(adapter_name, None)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from speed import cases, measure, report, run
-from speed.variants import BASE, LORA, REFERENCE, SIZES, TREX, VARIANTS, has_reference
+from speed.variants import BASE, LORA, RECOMMENDED, REFERENCE, SIZES, TREX, VARIANTS, has_reference
 
 import peft_trex.fast.dispatch
 from peft_trex.layer import Linear
@@ -54,7 +54,7 @@ def test_every_case_gives_a_row_for_every_variant(rows):
         assert set(_of(rows, "step", precision)) == everyone
         assert set(_of(rows, "layer", precision, sweep=None)) == everyone
         assert set(_of(rows, "prior", precision)) == {TREX}
-    assert set(_of(rows, "compiled")) == everyone & {TREX, REFERENCE, LORA}
+    assert set(_of(rows, "compiled")) == everyone & {TREX, REFERENCE, LORA, RECOMMENDED}
     assert set(_of(rows, "decode")) == everyone
     assert set(_of(rows, "merge", what="merge_and_unload")) == {TREX, LORA}
     assert set(_of(rows, "merge", what="merge_adapter, unmerge_adapter")) == {TREX, LORA}
@@ -85,7 +85,9 @@ def test_variants_are_what_they_are_called(rows):
     linears = [*linears, (size.intermediate, size.hidden)] * size.layers
     lora = sum(wide + out for wide, out in linears)
     trex = sum(36 * wide + 8 * out + 2 for wide, out in linears)
+    recommended = sum(8 * (wide + out) + 64 * 32 + 64 + 2 for wide, out in linears)
     found = {variant: row["trainable"] for variant, row in step.items()}
+    assert found[RECOMMENDED] == recommended and found["LoRA r=8"] == 8 * lora
     assert found[TREX] == trex and found[LORA] == 32 * lora and found["LoRA r=16"] == 16 * lora and found[BASE] == 0
     assert abs(found["LoRA, equal parameters"] - trex) <= lora / 2
     assert found["DoRA r=32"] == 32 * lora + sum(out for _, out in linears)

@@ -35,9 +35,10 @@ class Scales(NamedTuple):
     def of(cls, experts: Experts, prior: Tensor | None, settings: Settings) -> Scales:
         omega = _sigmoid(settings.temperature * float(experts.omega))  # type: ignore[arg-type]
         gate = _sigmoid(settings.temperature * float(experts.gate))  # type: ignore[arg-type]
-        token = gate * (omega * settings.token_scale)
+        token = 0.0 if experts.router is None else gate * (omega * settings.token_scale)
         by_prior = 0.0 if prior is None else gate * ((1 - omega) * settings.prior_scale)
-        larger = max(token, by_prior)
+        # Python's max takes zero for larger than NaN.
+        larger = by_prior if experts.router is None else max(token, by_prior)
         return cls(omega, gate, larger, token / larger, by_prior / larger) if larger else cls(omega, gate, 0, 1, 1)
 
 
@@ -122,29 +123,35 @@ def decode(output: Tensor, x: Tensor, experts: Experts, prior: Tensor | None, se
     Decoding costs what its calls cost, so this makes few: even a cast to the same dtype is left out.
     """
     A, B, router, router_down, *_ = experts
-    assert router is not None
     # One row is a vector, and products with it take half as long.
     alone = x.shape[0] == 1
     multiply = (lambda x, weight: torch.mv(weight, x)) if alone else F.linear
     # A copy of the input is smaller than one of the weights.
     x = x.view(-1) if alone else x
     x = x if x.dtype == A.dtype else x.to(A.dtype)
-    a, z = multiply(x, A), multiply(x, router if router_down is None else router_down)
-    if router_down is not None:
-        z = multiply(z, router)
-    if A.dtype in SHORT:
-        a, z = a.float(), z.float()
-    if settings.top_k is not None:
-        z = keep_strongest(z, settings.top_k)
-    G = torch.softmax(z, -1)
+    a = multiply(x, A)
+    a = a.float() if A.dtype in SHORT else a
     scales = Scales.of(experts, prior, settings)
-    if prior is not None:
-        if not alone:
-            prior = prior.view(-1, 1, prior.shape[-1])
-        if scales.token == 1:
-            G = torch.add(G, prior, alpha=scales.prior)
-        else:
-            G = torch.add(prior, G, alpha=scales.token)
+    if prior is not None and not alone:
+        prior = prior.view(-1, 1, prior.shape[-1])
+    if router is None:
+        assert prior is not None
+        G = prior if prior.dtype == a.dtype else prior.to(a.dtype)
+        G = G if alone else G.expand(len(a), 1, -1)
+    else:
+        z = multiply(x, router if router_down is None else router_down)
+        if router_down is not None:
+            z = multiply(z, router)
+        if A.dtype in SHORT:
+            z = z.float()
+        if settings.top_k is not None:
+            z = keep_strongest(z, settings.top_k)
+        G = torch.softmax(z, -1)
+        if prior is not None:
+            if scales.token == 1:
+                G = torch.add(G, prior, alpha=scales.prior)
+            else:
+                G = torch.add(prior, G, alpha=scales.token)
     r_a, r_b = A.shape[0], B.shape[1]
     if settings.layout == "paired":
         m = (a * G).view(a.shape)

@@ -23,7 +23,7 @@ def add_mixture(
     Args:
         base: the base layer's part, with the layer's own input.
         x: (..., D_in), the adapter's input: that of `base`, or what a cast and dropout made of it.
-        experts, prior, settings: as in [`rank_one_mixture`]; omega and gate must be there, with `fast` the router too.
+        experts, prior, settings: as in [`rank_one_mixture`]; omega and gate must be there.
         fast: False for the formula.
 
     Returns:
@@ -49,8 +49,11 @@ def add_mixture(
 def add_stacked(output: Tensor, x: Tensor, experts: Experts, prior: Tensor | None, settings: Settings) -> Tensor:
     """The formula for compilers and for devices without a fast path: one product with [A; R] reads x once."""
     a, z = F.linear(x, stack(experts)).tensor_split((experts.A.shape[0],), -1)
-    assert experts.router is not None
-    logits = z if experts.router_down is None else F.linear(z, experts.router)
+    logits: Tensor | None = z
+    if experts.router is None:
+        logits = None
+    elif experts.router_down is not None:
+        logits = F.linear(z, experts.router)
     return output + mixture_of(a, logits, experts, prior, settings).to(output.dtype)
 
 

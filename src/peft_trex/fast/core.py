@@ -1,0 +1,41 @@
+"""The mix without a token router: the weights G are one small core for each row of the prior, `m = a G`.
+
+Axis legend: N tokens, P rows of the prior, each for N / P tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..mixture import Experts, Layout, Settings, weigh_experts
+
+
+def cores(experts: Experts, prior: Tensor, settings: Settings) -> Tensor:
+    """The experts' weights G (P, E) with the gate, float32 or wider, of a prior (P, E)."""
+    G = weigh_experts(experts.A, None, prior, experts.omega, settings)
+    if experts.gate is not None:
+        G = torch.sigmoid(settings.temperature * experts.gate.to(G.dtype)) * G
+    return G
+
+
+def mix(a: Tensor, G: Tensor, layout: Layout) -> Tensor:
+    """The mixed features m (N, r_b), in the dtype of G, from the features a (N, r_a) and cores G (P, E)."""
+    a, core = _by_prompt(a, G, layout)
+    return (a * core if layout == "paired" else torch.bmm(a, core)).flatten(0, 1)
+
+
+def mix_backward(a: Tensor, G: Tensor, dm: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """The gradients (N, r_a) and (P, E) of [`mix`] for `dm` (N, r_b), in the dtype of G."""
+    a, core = _by_prompt(a, G, layout)
+    dm = dm.to(G.dtype).view(*a.shape[:2], dm.shape[1])
+    if layout == "paired":
+        return (dm * core).flatten(0, 1), (a * dm).sum(1)
+    return torch.bmm(dm, core.mT).flatten(0, 1), torch.bmm(a.mT, dm).flatten(1)
+
+
+def _by_prompt(a: Tensor, G: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """a (P, N / P, r_a), and G as (P, r_a, r_b), or as (P, 1, E) in the paired layout."""
+    rows, r_a = len(G), a.shape[1]
+    core = G.unsqueeze(1) if layout == "paired" else G.view(rows, r_a, G.shape[1] // r_a)
+    return a.to(G.dtype).view(rows, len(a) // max(1, rows), r_a), core
