@@ -13,8 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import TRexConfig
 from .fast.base import Base, separable
+from .fast.core import fold
 from .fast.dispatch import add_mixture, is_fast
-from .mixture import Experts, mean_core, num_experts, router_logits, weigh_experts
+from .mixture import Experts, Settings, mean_core, num_experts, router_logits, weigh_experts
 from .parameters import TRexParameters
 from .prior.channel import PriorChannel
 from .quantized import read_weight, restore_weight, write_weight
@@ -24,6 +25,8 @@ APPROXIMATE = (
     "routing: uniform over the experts for the tokens, the training prompts' mean scores for the prior. "
     "calibrate_trex_merge finds the best static weights, and says what they miss."
 )
+# Without a router, the experts' weights come of these.
+SOURCES = ("trex_map", "trex_core", "trex_omega", "trex_gate")
 
 
 class TRexLayer(TRexParameters):
@@ -58,6 +61,29 @@ class TRexLayer(TRexParameters):
             layout = self.trex_settings[adapter_name].layout
             prior = x.new_zeros(1, num_experts(len(experts.A), experts.B.shape[1], layout))
         return prior
+
+    def _fold(
+        self, adapter_name: str, x: Tensor, experts: Experts, shared: bool
+    ) -> tuple[Experts, Tensor | None, Settings]:
+        """The experts, their weights in the prior's place, and settings for these: [`fold`], without a router.
+
+        A generate call has the same weights for all of an answer's tokens. They are kept as long as the call goes on
+        with the very same scores and parameters.
+        """
+        settings, state = self.trex_settings[adapter_name], self._channel.running.state
+        kept = None if state is None or shared or torch.is_grad_enabled() else state.kept
+        sources = [p for p in self._find(SOURCES, adapter_name) if p is not None]
+        # What inference mode has made does not tell when it is changed.
+        if kept is None or torch.compiler.is_compiling() or any(parameter.is_inference() for parameter in sources):
+            return fold(experts, self._prior_for(adapter_name, x, experts, shared), settings)
+        scores = self._channel.scores(adapter_name, x)
+        stamp = [id(scores), *((id(parameter), parameter._version) for parameter in sources)]
+        entry = kept.get((self, adapter_name))
+        if entry is None or entry[0] != stamp:
+            folded = fold(experts, self._prior_for(adapter_name, x, experts, shared), settings)
+            # What is held here cannot leave its id to another tensor.
+            entry = kept[self, adapter_name] = (stamp, (scores, sources), *folded[1:])
+        return Experts(experts.A, experts.B), *entry[2:]
 
     @torch.no_grad()
     def static_factors(self, adapter_name: str, cluster: int | None = None) -> tuple[Tensor, Tensor]:
@@ -123,7 +149,11 @@ class TRexLayer(TRexParameters):
         if x.dtype != dtype and not (fused and short and is_fast(x, experts.A)):
             x = self._cast_input_dtype(x, dtype)
         shared = self.takes_positions and self._channel.is_position(base.x)
-        prior = self._prior_for(adapter_name, x, experts, shared)
+        prior: Tensor | None
+        if fused and experts.router is None:
+            experts, prior, settings = self._fold(adapter_name, x, experts, shared)
+        else:
+            prior = self._prior_for(adapter_name, x, experts, shared)
         dropout = self._modules["trex_dropout"]._modules[adapter_name]  # type: ignore[attr-defined]
         if type(dropout) is not nn.Identity:
             x = dropout(x)

@@ -34,10 +34,6 @@ def add_fused(base: Base, x: Tensor, experts: Experts, prior: Tensor | None, set
         dtype = torch.float32
     if prior is not None and prior.dim() == 3:  # (B or 1, T or 1, E)
         prior = prior.expand(*x.shape[:-1], prior.shape[-1]).flatten(0, 1)
-    if experts.router is None:
-        assert prior is not None
-        # The function mixes by the weights themselves; omega and the gate are part of them.
-        prior, experts = core.cores(experts, prior, settings), experts._replace(omega=None, gate=None)
     output: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None

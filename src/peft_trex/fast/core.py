@@ -11,12 +11,14 @@ from torch import Tensor
 from ..mixture import Experts, Layout, Settings, weigh_experts
 
 
-def cores(experts: Experts, prior: Tensor, settings: Settings) -> Tensor:
-    """The experts' weights G (P, E) with the gate, float32 or wider, of a prior (P, E)."""
+def fold(experts: Experts, prior: Tensor | None, settings: Settings) -> tuple[Experts, Tensor | None, Settings]:
+    """The same mixture without omega and gate, which are part of the prior: it is G (P, ..., E), float32 or wider."""
+    if experts.omega is None and experts.gate is None and settings.prior_scale == 1.0:
+        return experts, prior, settings
     G = weigh_experts(experts.A, None, prior, experts.omega, settings)
     if experts.gate is not None:
         G = torch.sigmoid(settings.temperature * experts.gate.to(G.dtype)) * G
-    return G
+    return experts._replace(omega=None, gate=None), G, settings._replace(prior_scale=1.0)
 
 
 def mix(a: Tensor, G: Tensor, layout: Layout) -> Tensor:

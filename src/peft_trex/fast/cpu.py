@@ -35,10 +35,9 @@ class Scales(NamedTuple):
     def of(cls, experts: Experts, prior: Tensor | None, settings: Settings) -> Scales:
         omega = _sigmoid(settings.temperature * float(experts.omega))  # type: ignore[arg-type]
         gate = _sigmoid(settings.temperature * float(experts.gate))  # type: ignore[arg-type]
-        token = 0.0 if experts.router is None else gate * (omega * settings.token_scale)
+        token = gate * (omega * settings.token_scale)
         by_prior = 0.0 if prior is None else gate * ((1 - omega) * settings.prior_scale)
-        # Python's max takes zero for larger than NaN.
-        larger = by_prior if experts.router is None else max(token, by_prior)
+        larger = max(token, by_prior)
         return cls(omega, gate, larger, token / larger, by_prior / larger) if larger else cls(omega, gate, 0, 1, 1)
 
 
@@ -120,7 +119,8 @@ def _by_prompt(values: Tensor, prior: Tensor) -> Tensor:
 def decode(output: Tensor, x: Tensor, experts: Experts, prior: Tensor | None, settings: Settings) -> Tensor:
     """Add the adapter's output for new tokens x (B, 1, D_in) to the base layer's (B, 1, D_out), without gradients.
 
-    Decoding costs what its calls cost, so this makes few: even a cast to the same dtype is left out.
+    Without a router, the prior is the experts' weights themselves. Decoding costs what its calls cost, so this makes
+    few: even a cast to the same dtype is left out.
     """
     A, B, router, router_down, *_ = experts
     # One row is a vector, and products with it take half as long.
@@ -131,13 +131,12 @@ def decode(output: Tensor, x: Tensor, experts: Experts, prior: Tensor | None, se
     x = x if x.dtype == A.dtype else x.to(A.dtype)
     a = multiply(x, A)
     a = a.float() if A.dtype in SHORT else a
-    scales = Scales.of(experts, prior, settings)
     if prior is not None and not alone:
         prior = prior.view(-1, 1, prior.shape[-1])
+    scale = 1.0
     if router is None:
         assert prior is not None
-        G = prior if prior.dtype == a.dtype else prior.to(a.dtype)
-        G = G if alone else G.expand(len(a), 1, -1)
+        G = prior if alone else prior.expand(len(a), 1, -1)
     else:
         z = multiply(x, router if router_down is None else router_down)
         if router_down is not None:
@@ -147,6 +146,8 @@ def decode(output: Tensor, x: Tensor, experts: Experts, prior: Tensor | None, se
         if settings.top_k is not None:
             z = keep_strongest(z, settings.top_k)
         G = torch.softmax(z, -1)
+        scales = Scales.of(experts, prior, settings)
+        scale = scales.larger
         if prior is not None:
             if scales.token == 1:
                 G = torch.add(G, prior, alpha=scales.prior)
@@ -161,7 +162,7 @@ def decode(output: Tensor, x: Tensor, experts: Experts, prior: Tensor | None, se
         m = torch.matmul(a.unsqueeze(-2), G.view(*a.shape, r_b)).squeeze(-2)
     m = m if m.dtype == A.dtype else m.to(A.dtype)
     if alone and output.dtype == A.dtype:
-        output.view(-1).addmv_(B, m, alpha=scales.larger)
+        output.view(-1).addmv_(B, m, alpha=scale)
         return output
     delta = multiply(m, B)
-    return output.add_(delta if delta.dtype == output.dtype else delta.to(output.dtype), alpha=scales.larger)
+    return output.add_(delta if delta.dtype == output.dtype else delta.to(output.dtype), alpha=scale)

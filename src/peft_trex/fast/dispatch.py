@@ -10,6 +10,7 @@ from ..mixture import Experts, Settings, apply_experts, mixture_of
 from . import gpu
 from .autograd import add_fused, stack, without_autocast
 from .base import Base
+from .core import fold
 from .cpu import decode
 
 FEW = 64  # rows, up to which decoding costs more for its calls than for its arithmetic
@@ -23,7 +24,7 @@ def add_mixture(
     Args:
         base: the base layer's part, with the layer's own input.
         x: (..., D_in), the adapter's input: that of `base`, or what a cast and dropout made of it.
-        experts, prior, settings: as in [`rank_one_mixture`]; omega and gate must be there.
+        experts, prior, settings: as in [`rank_one_mixture`]; with a router, omega and gate must be there.
         fast: False for the formula.
 
     Returns:
@@ -32,6 +33,8 @@ def add_mixture(
     if not fast:
         output = base.compute()
         return output + apply_experts(x, experts, prior, settings).to(output.dtype)
+    if experts.router is None:
+        experts, prior, settings = fold(experts, prior, settings)
     if not is_fast(base.x, experts.A):
         return add_stacked(base.compute(), x, experts, prior, settings)
     if x is not base.x:
