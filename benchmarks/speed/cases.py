@@ -22,6 +22,7 @@ from speed.variants import (
     PRECISIONS,
     RECOMMENDED,
     SIZES,
+    SMALL,
     TREX,
     VARIANTS,
     OneLayer,
@@ -281,7 +282,8 @@ def compiled(setting: Setting) -> Iterator[Group]:
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
-def _decode_job(setting: Setting, name: str, model: Any, config: Any) -> Job:
+def _cached(setting: Setting, model: Any) -> tuple[torch.Tensor, DynamicCache]:
+    """Ids (1, cached + 1) of a prompt, and a cache of all of them but the last."""
     size = setting.shapes
     model.eval()
     torch.manual_seed(3)
@@ -289,6 +291,12 @@ def _decode_job(setting: Setting, name: str, model: Any, config: Any) -> Job:
     cache = DynamicCache(config=model.config)
     with torch.no_grad(), setting.context():
         model(input_ids=ids[:, : size.cached], **{CACHE: cache}, use_cache=True)
+    return ids, cache
+
+
+def _decode_job(setting: Setting, name: str, model: Any, config: Any) -> Job:
+    size = setting.shapes
+    ids, cache = _cached(setting, model)
     new = ids[:, size.cached :]
 
     @torch.no_grad()
@@ -305,6 +313,35 @@ def _decode_job(setting: Setting, name: str, model: Any, config: Any) -> Job:
 
 def decode(setting: Setting) -> Iterator[Group]:
     yield _model_group(setting, _decode_job, cached=setting.shapes.cached)
+
+
+# new tokens by generate
+
+NEW = 16  # tokens, so that what a call costs besides them matters little
+
+
+def _generate_job(setting: Setting, name: str, model: Any, config: Any) -> Job:
+    ids, filled = _cached(setting, model)
+    options = {
+        "max_new_tokens": NEW,
+        "min_new_tokens": NEW,
+        "do_sample": False,
+        "attention_mask": torch.ones_like(ids),
+    }
+    fresh: list[DynamicCache] = []
+
+    def prepare() -> None:
+        fresh[:] = [copy.deepcopy(filled)]
+
+    def generate() -> None:
+        with setting.context():
+            model.generate(input_ids=ids, **{CACHE: fresh.pop()}, **options)
+
+    return Job(generate, prepare, model, settings="" if config is None else settings_of(config))
+
+
+def generate(setting: Setting) -> Iterator[Group]:
+    yield _model_group(setting, _generate_job, (TREX, RECOMMENDED, LORA, SMALL), cached=setting.shapes.cached, new=NEW)
 
 
 # the prior's share of a step
@@ -440,6 +477,7 @@ CASES = {
     "step": Case("a training step: forward, backward, AdamW", step, rounds=9),
     "compiled": Case("a training step, by torch.compile", compiled, ("fp32", "autocast", "bf16")),
     "decode": Case("forward of one new token", decode, ("fp32", "bf16"), rounds=21, at_least=0.05, launches=True),
+    "generate": Case("new tokens by generate, from a cache", generate, ("fp32", "bf16"), rounds=15, memory=False),
     "prior": Case("the prior's share of a training step", prior, rounds=9, memory=False),
     "fit": Case("fitting a prior", fit, ("fp32",), warm_ups=0, memory=False),
     "merge": Case("merging into the base weights", merge, ("fp32", "bf16"), rounds=9),

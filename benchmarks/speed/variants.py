@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from peft_trex import TRexConfig
 
 TREX, REFERENCE, LORA, BASE = "T-REX 4x8", "T-REX 4x8, reference", "LoRA r=32", "base model alone"
-RECOMMENDED = "T-REX recommended"
+RECOMMENDED, SMALL = "T-REX recommended", "LoRA r=8"
 FEW = (TREX, REFERENCE, LORA)
 MODELS = (*FEW, RECOMMENDED)  # of models where there is no time for all
 PROMPT = 32  # tokens of each row that are prompt, and labelled -100
@@ -122,7 +122,7 @@ VARIANTS: dict[str, Callable[[Adapted], Any]] = {
     RECOMMENDED: lambda on: TRexConfig.recommended(**on.kwargs, **on.prior),
     LORA: lambda on: LoraConfig(r=32, **on.kwargs),
     "LoRA r=16": lambda on: LoraConfig(r=16, **on.kwargs),
-    "LoRA r=8": lambda on: LoraConfig(r=8, **on.kwargs),
+    SMALL: lambda on: LoraConfig(r=8, **on.kwargs),
     "LoRA, equal parameters": lambda on: LoraConfig(r=_equal_rank(on), **on.kwargs),
     "DoRA r=32": lambda on: LoraConfig(r=32, use_dora=True, **on.kwargs),
     "Lily": _lily,

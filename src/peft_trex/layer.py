@@ -25,7 +25,7 @@ APPROXIMATE = (
     "routing: uniform over the experts for the tokens, the training prompts' mean scores for the prior. "
     "calibrate_trex_merge finds the best static weights, and says what they miss."
 )
-# Without a router, the experts' weights come of these.
+# Without a router, the experts' weights come of the scores and these.
 SOURCES = ("trex_map", "trex_core", "trex_omega", "trex_gate")
 
 
@@ -70,20 +70,19 @@ class TRexLayer(TRexParameters):
         A generate call has the same weights for all of an answer's tokens. They are kept as long as the call goes on
         with the very same scores and parameters.
         """
-        settings, state = self.trex_settings[adapter_name], self._channel.running.state
-        kept = None if state is None or shared or torch.is_grad_enabled() else state.kept
-        sources = [p for p in self._find(SOURCES, adapter_name) if p is not None]
-        # What inference mode has made does not tell when it is changed.
-        if kept is None or torch.compiler.is_compiling() or any(parameter.is_inference() for parameter in sources):
-            return fold(experts, self._prior_for(adapter_name, x, experts, shared), settings)
-        scores = self._channel.scores(adapter_name, x)
-        stamp = [id(scores), *((id(parameter), parameter._version) for parameter in sources)]
-        entry = kept.get((self, adapter_name))
-        if entry is None or entry[0] != stamp:
-            folded = fold(experts, self._prior_for(adapter_name, x, experts, shared), settings)
-            # What is held here cannot leave its id to another tensor.
-            entry = kept[self, adapter_name] = (stamp, (scores, sources), *folded[1:])
-        return Experts(experts.A, experts.B), *entry[2:]
+        state, kept, folded = self._channel.running.state, None, None
+        if state is not None and not (shared or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            kept = state.kept
+        if kept is not None:
+            scores, parameters = self._channel.scores(adapter_name, x), self._find(SOURCES, adapter_name)
+            folded = kept.get((self, adapter_name))
+            folded = folded if folded is not None and folded.is_of(scores, parameters) else None
+        if folded is None:
+            prior = self._prior_for(adapter_name, x, experts, shared)
+            folded = fold(experts, prior, self.trex_settings[adapter_name])
+            if kept is not None and folded.stamp(scores, parameters):
+                kept[self, adapter_name] = folded
+        return Experts(experts.A, experts.B), folded.weights, folded.settings
 
     @torch.no_grad()
     def static_factors(self, adapter_name: str, cluster: int | None = None) -> tuple[Tensor, Tensor]:

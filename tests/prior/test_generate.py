@@ -276,9 +276,9 @@ def test_a_generate_call_computes_the_weights_once(monkeypatch):
     layers = sum(isinstance(module, TRexLayer) for module in model.modules())
     calls = []
 
-    def counted(experts, prior, settings):
+    def counted(*args):
         calls.append(None)
-        return fold(experts, prior, settings)
+        return fold(*args)
 
     monkeypatch.setattr(peft_trex.layer, "fold", counted)
     for number in (1, 2):

@@ -24,7 +24,8 @@ def add_mixture(
     Args:
         base: the base layer's part, with the layer's own input.
         x: (..., D_in), the adapter's input: that of `base`, or what a cast and dropout made of it.
-        experts, prior, settings: as in [`rank_one_mixture`]; with a router, omega and gate must be there.
+        experts, prior, settings: as in [`rank_one_mixture`], with omega and gate; or experts of A and B alone, and
+            what [`fold`] makes of the others.
         fast: False for the formula.
 
     Returns:
@@ -33,8 +34,9 @@ def add_mixture(
     if not fast:
         output = base.compute()
         return output + apply_experts(x, experts, prior, settings).to(output.dtype)
-    if experts.router is None:
-        experts, prior, settings = fold(experts, prior, settings)
+    if experts.router is None and (experts.omega is not None or experts.gate is not None):
+        folded = fold(experts, prior, settings)
+        experts, prior, settings = Experts(experts.A, experts.B), folded.weights, folded.settings
     if not is_fast(base.x, experts.A):
         return add_stacked(base.compute(), x, experts, prior, settings)
     if x is not base.x:
