@@ -459,6 +459,25 @@ def test_what_is_kept_for_the_backward_pass(layout, rank):
     output.sum().backward()
 
 
+@pytest.mark.parametrize("layout", ["grid", "paired"])
+def test_what_is_kept_without_a_router(layout):
+    """The input, what A makes of it, what B is applied to, and a core for each prompt."""
+    r_b = 3 if layout == "paired" else 5
+    tensors = draw((2, 100), d_in=40, d_out=56, r_a=3, r_b=r_b, layout=layout, prior="row alone", dtype=torch.float32)
+    tensors = without("result", tensors)
+    layer = frozen_linear(40, 56, dtype=torch.float32)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        output = with_layer(fused, layer)(tensors, layout=layout, **SCALES)
+    given = {tensor.data_ptr() for tensor in (*tensors.values(), layer.weight)}
+    wide = sorted(tuple(tensor.shape) for tensor in kept if tensor.data_ptr() not in given and tensor.numel() > 20)
+    core = (2, num_experts(3, r_b, layout))
+    assert [shape for shape in wide if shape[0] == 200] == [(200, 3), (200, r_b)]
+    assert all(shape in ((200, 3), (200, r_b), core) for shape in wide)
+    assert tensors["x"].data_ptr() in {tensor.data_ptr() for tensor in kept}
+    output.sum().backward()
+
+
 def test_gradients_only_of_what_asks_for_them():
     tensors = draw((2, 83))
     expected = run(reference, tensors, **SCALES)
