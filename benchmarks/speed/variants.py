@@ -93,7 +93,7 @@ class Adapted:
     shapes: list[tuple[int, int]]  # (D_in, D_out) of all linear layers that are adapted
     layers: int  # that follow each other, which Lily shares between
     kwargs: dict[str, Any]  # target_modules and the like
-    prior: dict[str, Any]  # where T-REX's prior comes from
+    trex: dict[str, Any]  # what T-REX needs besides
     experts: dict[str, Any]  # the sizes of a T-REX 4x8 that is swept
     tasks: int = 0  # that the data are of, where a variant has a part for each
 
@@ -117,9 +117,9 @@ def _lily(on: Adapted) -> LilyConfig:
 
 
 VARIANTS: dict[str, Callable[[Adapted], Any]] = {
-    TREX: lambda on: TRexConfig(**on.kwargs, **on.prior, **on.experts),
-    REFERENCE: lambda on: TRexConfig(**on.kwargs, **on.prior, **on.experts, mixture_implementation="reference"),
-    RECOMMENDED: lambda on: TRexConfig.recommended(**on.kwargs, **on.prior),
+    TREX: lambda on: TRexConfig(**on.kwargs, **on.trex, **on.experts),
+    REFERENCE: lambda on: TRexConfig(**on.kwargs, **on.trex, **on.experts, mixture_implementation="reference"),
+    RECOMMENDED: lambda on: TRexConfig.recommended(**on.kwargs, **on.trex),
     LORA: lambda on: LoraConfig(r=32, **on.kwargs),
     "LoRA r=16": lambda on: LoraConfig(r=16, **on.kwargs),
     SMALL: lambda on: LoraConfig(r=8, **on.kwargs),
@@ -209,6 +209,6 @@ class OneLayer(nn.Module):
 
 
 def adapted_layer(width: int, r_a: int, r_b: int) -> Adapted:
-    prior = {"prior_encoder": "external", "prior_dim": 8}
+    trex = {"prior_encoder": "external", "prior_dim": 8}
     experts = {"r_a": r_a, "r_b": r_b, "num_clusters": r_a * r_b}
-    return Adapted([(width, width)], 1, {"target_modules": ["proj"]}, prior, experts)
+    return Adapted([(width, width)], 1, {"target_modules": ["proj"]}, trex, experts)

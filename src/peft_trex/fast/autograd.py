@@ -130,6 +130,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     r_a = len(experts.A)
     down, up = stack(experts).to(dtype) if down is None else down, experts.B
     tokens, outgoing = x.reshape(-1, x.shape[-1]).to(dtype), grad.to(dtype)
+    d_prior: Tensor | None
     d_omega = d_gate = None
     if experts.router is None:
         d_h, d_prior = core.mix_backward(features, prior, outgoing @ up, settings.layout)
