@@ -18,8 +18,11 @@ from speed.measure import Job, wait
 from speed.variants import (
     FEW,
     LORA,
+    MODELS,
     PRECISIONS,
+    RECOMMENDED,
     SIZES,
+    SMALL,
     TREX,
     VARIANTS,
     OneLayer,
@@ -152,18 +155,24 @@ def _layer_group(
     names: tuple[str, ...] = FEW,
 ) -> Group:
     on = adapted_layer(width, *experts)
+    checked = [config for name, config in variants(on, names) if name in (TREX, RECOMMENDED)]
+
+    def check() -> None:
+        for config in checked:
+            check_one_layer(config, rows, tokens, width, setting.precision, setting.device)
+
     shape = {"sweep": sweep, "tokens": rows * tokens, "width": width, "experts": experts[0] * experts[1]}
     return Group(
         shape,
         lambda: {name: _layer_job(config, rows, tokens, width, setting) for name, config in variants(on, names)},
-        lambda: check_one_layer(rows, tokens, width, experts, setting.precision, setting.device),
+        check,
     )
 
 
 def layer(setting: Setting) -> Iterator[Group]:
     size = setting.shapes
     rows, tokens, width = size.rows, size.tokens, size.hidden
-    yield _layer_group(setting, None, rows, tokens, width, (4, 8), FEW if setting.slow else tuple(VARIANTS))
+    yield _layer_group(setting, None, rows, tokens, width, (4, 8), MODELS if setting.slow else tuple(VARIANTS))
     if setting.slow:
         return
     for count in size.token_sweep:
@@ -187,7 +196,7 @@ def _model_group(
     **shape: Any,
 ) -> Group:
     """Variants of one base model, whose weights they share; by default all, for which there is time."""
-    chosen = names or (FEW if setting.slow else tuple(VARIANTS))
+    chosen = names or (MODELS if setting.slow else tuple(VARIANTS))
     layers = layers or setting.layers
 
     def jobs() -> dict[str, Job]:
@@ -201,7 +210,8 @@ def _model_group(
         return made
 
     def check_eager() -> None:
-        check_model(setting.shapes, setting.precision, setting.device)
+        for name in {TREX, RECOMMENDED}.intersection(chosen):
+            check_model(setting.shapes, setting.precision, setting.device, name)
 
     return Group({**shape, "layers": layers}, jobs, check or check_eager, baseline=baseline)
 
@@ -248,14 +258,19 @@ def compiled(setting: Setting) -> Iterator[Group]:
         return
     torch._dynamo.reset()  # which counts how often the same code was compiled, for other models too, and gives up
     size = setting.shapes
+
+    def check() -> None:
+        on = adapted_layer(size.hidden, 4, 8)
+        where = (size.rows, size.tokens, size.hidden, setting.precision, setting.device, setting.backend)
+        for name in (TREX, RECOMMENDED):
+            check_one_layer(VARIANTS[name](on), *where)
+
     yield _model_group(
         setting,
         _compiled_job,
-        FEW,
+        MODELS,
         layers=2,  # compiling takes minutes
-        check=lambda: check_one_layer(
-            size.rows, size.tokens, size.hidden, (4, 8), setting.precision, setting.device, setting.backend
-        ),
+        check=check,
         tokens=size.rows * size.tokens,
     )
 
@@ -267,7 +282,8 @@ def compiled(setting: Setting) -> Iterator[Group]:
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
-def _decode_job(setting: Setting, name: str, model: Any, config: Any) -> Job:
+def _cached(setting: Setting, model: Any) -> tuple[torch.Tensor, DynamicCache]:
+    """Ids (1, cached + 1) of a prompt, and a cache of all of them but the last."""
     size = setting.shapes
     model.eval()
     torch.manual_seed(3)
@@ -275,6 +291,12 @@ def _decode_job(setting: Setting, name: str, model: Any, config: Any) -> Job:
     cache = DynamicCache(config=model.config)
     with torch.no_grad(), setting.context():
         model(input_ids=ids[:, : size.cached], **{CACHE: cache}, use_cache=True)
+    return ids, cache
+
+
+def _decode_job(setting: Setting, name: str, model: Any, config: Any) -> Job:
+    size = setting.shapes
+    ids, cache = _cached(setting, model)
     new = ids[:, size.cached :]
 
     @torch.no_grad()
@@ -291,6 +313,35 @@ def _decode_job(setting: Setting, name: str, model: Any, config: Any) -> Job:
 
 def decode(setting: Setting) -> Iterator[Group]:
     yield _model_group(setting, _decode_job, cached=setting.shapes.cached)
+
+
+# new tokens by generate
+
+NEW = 16  # tokens, so that what a call costs besides them matters little
+
+
+def _generate_job(setting: Setting, name: str, model: Any, config: Any) -> Job:
+    ids, filled = _cached(setting, model)
+    options = {
+        "max_new_tokens": NEW,
+        "min_new_tokens": NEW,
+        "do_sample": False,
+        "attention_mask": torch.ones_like(ids),
+    }
+    fresh: list[DynamicCache] = []
+
+    def prepare() -> None:
+        fresh[:] = [copy.deepcopy(filled)]
+
+    def generate() -> None:
+        with setting.context():
+            model.generate(input_ids=ids, **{CACHE: fresh.pop()}, **options)
+
+    return Job(generate, prepare, model, settings="" if config is None else settings_of(config))
+
+
+def generate(setting: Setting) -> Iterator[Group]:
+    yield _model_group(setting, _generate_job, (TREX, RECOMMENDED, LORA, SMALL), cached=setting.shapes.cached, new=NEW)
 
 
 # the prior's share of a step
@@ -426,6 +477,7 @@ CASES = {
     "step": Case("a training step: forward, backward, AdamW", step, rounds=9),
     "compiled": Case("a training step, by torch.compile", compiled, ("fp32", "autocast", "bf16")),
     "decode": Case("forward of one new token", decode, ("fp32", "bf16"), rounds=21, at_least=0.05, launches=True),
+    "generate": Case("new tokens by generate, from a cache", generate, ("fp32", "bf16"), rounds=15, memory=False),
     "prior": Case("the prior's share of a training step", prior, rounds=9, memory=False),
     "fit": Case("fitting a prior", fit, ("fp32",), warm_ups=0, memory=False),
     "merge": Case("merging into the base weights", merge, ("fp32", "bf16"), rounds=9),

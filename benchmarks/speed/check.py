@@ -12,7 +12,6 @@ from speed.variants import (
     OneLayer,
     Size,
     adapt,
-    adapted_layer,
     adapted_of,
     batch,
     make_base,
@@ -26,7 +25,7 @@ from peft_trex.model import find_tuner
 from peft_trex.prior.channel import PriorChannel
 from peft_trex.prior.state import ForwardState
 
-NAMES = ("A", "B", "router", "omega", "gate")
+NAMES = ("A", "B", "router", "omega", "gate", "map", "core")  # of which a layer may lack some
 # relative, on top of four times what the formula itself is off in that precision
 ALLOWED = {"fp32": 1e-5, "autocast": 2e-2, "autocast-bf16-base": 2e-2, "bf16": 2e-2}
 
@@ -41,9 +40,27 @@ def randomize(model: Any) -> None:
     torch.manual_seed(4)
     for layer in (module for module in model.modules() if isinstance(module, TRexLayer)):
         layer.trex_B["default"].normal_()
-        layer.trex_router["default"].normal_(std=layer.in_features**-0.5)
+        for router in layer.trex_router.values():
+            router.normal_(std=layer.in_features**-0.5)
+        for core in layer.trex_core.values():
+            core.normal_(std=0.5)
         layer.trex_omega["default"].uniform_(-0.01, 0.01)
         layer.trex_gate["default"].uniform_(-0.01, 0.01)
+
+
+def _tensors(layer: Any) -> dict[str, Tensor]:
+    """The adapter's parameters in a layer."""
+    kinds = {name: getattr(layer, f"trex_{name}") for name in NAMES}
+    return {name: kind["default"] for name, kind in kinds.items() if "default" in kind}
+
+
+def _prior(scores: Tensor | None, leaves: dict[str, Tensor]) -> Tensor | None:
+    """The prior of each expert, (B, E), from the scores of the clusters."""
+    if scores is None:
+        return leaves["core"][None] if "core" in leaves else None
+    scores = scores.to(leaves["A"].dtype)
+    prior = F.linear(scores, leaves["map"]) if "map" in leaves else scores
+    return prior + leaves["core"] if "core" in leaves else prior
 
 
 def _formula(layer: Any, x: Tensor, scores: Tensor | None, precision: str, exact: bool) -> tuple[Tensor, Tensor, dict]:
@@ -56,9 +73,9 @@ def _formula(layer: Any, x: Tensor, scores: Tensor | None, precision: str, exact
         precision: to compute it in.
         exact: in float64 instead.
     """
-    tensors = {name: getattr(layer, f"trex_{name}")["default"].detach() for name in NAMES}
+    tensors = _tensors(layer)
     dtype = torch.float64 if exact else tensors["A"].dtype
-    leaves = {name: tensor.to(dtype).requires_grad_() for name, tensor in tensors.items()}
+    leaves = {name: tensor.detach().to(dtype).requires_grad_() for name, tensor in tensors.items()}
     leaves["x"] = x.detach().to(torch.float64 if exact else x.dtype).requires_grad_()
     weight = layer.get_base_layer().weight.detach()
     with PRECISIONS["fp32" if exact else precision].context(x.device.type):
@@ -67,8 +84,8 @@ def _formula(layer: Any, x: Tensor, scores: Tensor | None, precision: str, exact
             leaves["x"].to(dtype),
             leaves["A"],
             leaves["B"],
-            leaves["router"],
-            None if scores is None else scores.to(dtype),
+            leaves.get("router"),
+            _prior(scores, leaves),
             leaves["omega"],
             leaves["gate"],
             **layer.trex_settings["default"]._asdict(),
@@ -121,7 +138,7 @@ def check_layer(
         torch._dynamo.reset()
         call = torch.compile(call, backend=backend)
     layer.train()
-    leaves = {name: getattr(layer, f"trex_{name}")["default"] for name in NAMES}
+    leaves = _tensors(layer)
     leaves["x"] = x.detach().requires_grad_()
     with context(x.device.type):
         output = call(leaves["x"])
@@ -143,10 +160,10 @@ def check_layer(
             )
 
 
-def check_model(size: Size, precision: str, device: str) -> None:
+def check_model(size: Size, precision: str, device: str, variant: str = TREX) -> None:
     """The check of every layer of one block, with the prior and the inputs that a forward of the model gives them."""
     base = make_base(size, precision, device, layers=1)
-    model = adapt(base, VARIANTS[TREX](adapted_of(base)))
+    model = adapt(base, VARIANTS[variant](adapted_of(base)))
     initialize_trex_prior(model, random_prompts(size, device), progress=False)
     randomize(model)
     channel = find_tuner(model).prompts.channel
@@ -188,20 +205,19 @@ def make_layer(
 
 
 def check_one_layer(
+    config: Any,
     rows: int,
     tokens: int,
     width: int,
-    experts: tuple[int, int],
     precision: str,
     device: str,
     backend: str | None = None,
 ) -> None:
     """The check of a layer by itself: for a point of a sweep, or compiled."""
-    config = VARIANTS[TREX](adapted_layer(width, *experts))
     model, layer, x, _ = make_layer(config, rows, tokens, width, precision, device)
     randomize(model)
     scores = torch.rand(rows, config.num_clusters, device=device) * 2 - 1
     prior = ForwardState({"default": scores}, rows, frozenset({tokens}))
-    where = f"layer of width {width}, {rows} x {tokens} tokens, {experts[0]} x {experts[1]} experts"
+    where = f"layer of width {width}, {rows} x {tokens} tokens, {config.r_a} x {config.r_b} experts"
     where += f", compiled by {backend}" * (backend is not None)
     check_layer(layer, find_tuner(model).prompts.channel, prior, x, precision, where, backend)

@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from peft_trex import TRexConfig
 
 TREX, REFERENCE, LORA, BASE = "T-REX 4x8", "T-REX 4x8, reference", "LoRA r=32", "base model alone"
+RECOMMENDED, SMALL = "T-REX recommended", "LoRA r=8"
 FEW = (TREX, REFERENCE, LORA)
+MODELS = (*FEW, RECOMMENDED)  # of models where there is no time for all
 PROMPT = 32  # tokens of each row that are prompt, and labelled -100
 
 
@@ -92,6 +94,7 @@ class Adapted:
     layers: int  # that follow each other, which Lily shares between
     kwargs: dict[str, Any]  # target_modules and the like
     trex: dict[str, Any]  # what T-REX needs besides
+    experts: dict[str, Any]  # the sizes of a T-REX 4x8 that is swept
     tasks: int = 0  # that the data are of, where a variant has a part for each
 
 
@@ -114,10 +117,12 @@ def _lily(on: Adapted) -> LilyConfig:
 
 
 VARIANTS: dict[str, Callable[[Adapted], Any]] = {
-    TREX: lambda on: TRexConfig(**on.kwargs, **on.trex),
-    REFERENCE: lambda on: TRexConfig(**on.kwargs, **on.trex, mixture_implementation="reference"),
+    TREX: lambda on: TRexConfig(**on.kwargs, **on.trex, **on.experts),
+    REFERENCE: lambda on: TRexConfig(**on.kwargs, **on.trex, **on.experts, mixture_implementation="reference"),
+    RECOMMENDED: lambda on: TRexConfig.recommended(**on.kwargs, **on.trex),
     LORA: lambda on: LoraConfig(r=32, **on.kwargs),
     "LoRA r=16": lambda on: LoraConfig(r=16, **on.kwargs),
+    SMALL: lambda on: LoraConfig(r=8, **on.kwargs),
     "LoRA, equal parameters": lambda on: LoraConfig(r=_equal_rank(on), **on.kwargs),
     "DoRA r=32": lambda on: LoraConfig(r=32, use_dora=True, **on.kwargs),
     "Lily": _lily,
@@ -169,7 +174,7 @@ def adapted_of(base: nn.Module) -> Adapted:
     }
     kwargs = {"target_modules": sorted({name.rsplit(".", 1)[-1] for name in layers}), "task_type": "CAUSAL_LM"}
     shapes = [(module.in_features, module.out_features) for module in layers.values()]
-    return Adapted(shapes, base.config.num_hidden_layers, kwargs, {})
+    return Adapted(shapes, base.config.num_hidden_layers, kwargs, {}, {})
 
 
 def adapt(model: Any, config: Any) -> Any:
@@ -204,5 +209,6 @@ class OneLayer(nn.Module):
 
 
 def adapted_layer(width: int, r_a: int, r_b: int) -> Adapted:
-    trex = {"r_a": r_a, "r_b": r_b, "num_clusters": r_a * r_b, "prior_encoder": "external", "prior_dim": 8}
-    return Adapted([(width, width)], 1, {"target_modules": ["proj"]}, trex)
+    trex = {"prior_encoder": "external", "prior_dim": 8}
+    experts = {"r_a": r_a, "r_b": r_b, "num_clusters": r_a * r_b}
+    return Adapted([(width, width)], 1, {"target_modules": ["proj"]}, trex, experts)

@@ -70,6 +70,7 @@ METHODS: dict[str, Callable[[], PeftConfig]] = {
     "T-REX, `router_rank=8`": lambda: TRexConfig(router_rank=8, task_type="CAUSAL_LM"),
     "T-REX, `router_rank=4`": lambda: TRexConfig(router_rank=4, task_type="CAUSAL_LM"),
     "T-REX, `use_router=False`": lambda: TRexConfig(use_router=False, task_type="CAUSAL_LM"),
+    "T-REX, `recommended()`": lambda: TRexConfig.recommended(task_type="CAUSAL_LM"),
 }
 RANKS = (1, 8, 64)
 CLUSTERS = 32

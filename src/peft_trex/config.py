@@ -31,6 +31,10 @@ class TRexConfig(PeftConfig):
         num_clusters: K, the number of clusters of the training prompts. The paper's value is 32.
         prior_map: How the K cluster scores reach the E experts: as they are ("identity", which needs K = E), or
             through a trained matrix (E, K) in each layer ("learned"). "auto" takes the identity when K = E.
+        shared_core: True adds a trained core C to each layer's prior, one number for each of the E experts, which all
+            prompts and tokens get (ours, not the paper's). Without a token router the layer is then a LoRA whose core
+            moves with the prompt, and prompts share what they have in common. C starts at half the identity, and a
+            learned map beside it at 0.3 of its usual size. Where a prior is zero or not fitted, C alone is left.
         use_router: False is the ablation without the token router.
         router_rank: Rank of a reduced router: R (E, D_in) is the product of two trained factors, (E, router_rank) and
             (router_rank, D_in). It saves parameters when it is less than E * D_in / (E + D_in), a little less than E.
@@ -57,8 +61,9 @@ class TRexConfig(PeftConfig):
         prior_dim: Width of the external embeddings; only with prior_encoder="external", and needed there.
         prior_whitening: Compare prompts along this many principal directions of the training prompts' embeddings, each
             scaled to the same variance, so that the strongest (whether prompts are words or numbers, say) does not
-            drown those that tell tasks apart. 16 kept 8 and 16 tasks apart best (benchmarks/results/studies.md). None
-            compares the embeddings as they are, centred.
+            drown those that tell tasks apart. 16 kept 8 and 16 tasks apart best (benchmarks/results/studies.md).
+            "auto" takes K, or as many as the embeddings vary in where these are fewer. None compares the embeddings
+            as they are, centred.
         prior_scope: The tokens that the prior acts on. "prompt", the paper's: all tokens of a turn, a prompt and its
             answer. "answer": those from the last token of the prompt on, which predict the answer; the prompt's other
             tokens see zero, so that a cached prefix or an earlier turn does not depend on what follows.
@@ -100,6 +105,7 @@ class TRexConfig(PeftConfig):
     expert_layout: Literal["grid", "paired"] = "grid"
     num_clusters: int = 32
     prior_map: Literal["auto", "identity", "learned"] = "auto"
+    shared_core: bool = False
     use_router: bool = True
     router_rank: int | None = None
     router_top_k: int | None = None
@@ -113,7 +119,7 @@ class TRexConfig(PeftConfig):
     trex_dropout: float = 0.0
     prior_encoder: Literal["input_embeddings", "external"] = "input_embeddings"
     prior_dim: int | None = None
-    prior_whitening: int | None = None
+    prior_whitening: int | Literal["auto"] | None = None
     prior_scope: Literal["prompt", "answer"] = "prompt"
     chat_markers: dict[str, list[int]] | bool | None = None
     mixture_implementation: Literal["auto", "reference"] = "auto"
@@ -147,6 +153,25 @@ class TRexConfig(PeftConfig):
         self._check_values()
         self._check_combinations()
         self._check_pattern()
+
+    @classmethod
+    def recommended(cls, **overrides: Any) -> "TRexConfig":
+        """The form that we recommend, with `overrides` for any field; `TRexConfig()` is the paper's.
+
+        8 x 8 experts without a token router: each layer is a LoRA of rank 8 whose core moves with the prompt, by a
+        shared core and a learned map of the prior, which is whitened and has four times the paper's scale. It is for
+        data whose tasks are told apart by their prompts, and above all for tasks that contradict each other.
+        """
+        form: dict[str, Any] = {
+            "r_a": 8,
+            "r_b": 8,
+            "use_router": False,
+            "prior_map": "learned",
+            "shared_core": True,
+            "prior_scale": 16.0,
+            "prior_whitening": "auto",
+        }
+        return cls(**{**form, **overrides})
 
     @property
     def num_experts(self) -> int:
@@ -223,6 +248,8 @@ class TRexConfig(PeftConfig):
         for rule, (names, _) in NUMBERS.items():
             for name in names:
                 value = getattr(self, name)
+                if (name, value) == ("prior_whitening", "auto"):
+                    continue
                 if value is not None or getattr(TRexConfig, name) is not None:
                     _check_number(name, value, rule)
 
@@ -238,10 +265,10 @@ class TRexConfig(PeftConfig):
                     raise ValueError(f"{name}={getattr(self, name)!r} is for a part that {switch}=False drops.")
         if self.router_top_k is not None and self.router_top_k > self.num_experts:
             raise ValueError(f"router_top_k={self.router_top_k} is more than the {self.num_experts} experts.")
-        if self.trainable == "router" and not (self.use_router or self.learned_map):
+        if self.trainable == "router" and not (self.use_router or self.learned_map or self.shared_core):
             raise ValueError(
                 "trainable='router' trains what chooses experts, but there is nothing that does: use_router=False, "
-                "and the prior has no learned map (prior_map='learned')."
+                "shared_core=False, and the prior has no learned map (prior_map='learned')."
             )
         if self.prior_map == "identity" and self.num_clusters != self.num_experts:
             raise ValueError(
@@ -308,7 +335,7 @@ NUMBERS: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
 # The knobs that have no use when the router or the prior is left out.
 NEEDED = {
     "use_router": "token_scale router_rank router_top_k balance_loss_coef router_z_loss_coef init_weights".split(),
-    "use_prior": "prior_map prior_encoder prior_whitening prior_scope chat_markers".split(),
+    "use_prior": "prior_map shared_core prior_encoder prior_whitening prior_scope chat_markers".split(),
 }
 
 

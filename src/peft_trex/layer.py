@@ -13,8 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import TRexConfig
 from .fast.base import Base, separable
+from .fast.core import fold
 from .fast.dispatch import add_mixture, is_fast
-from .mixture import Experts, mean_core, num_experts, router_logits, weigh_experts
+from .mixture import Experts, Settings, mean_core, num_experts, router_logits, weigh_experts
 from .parameters import TRexParameters
 from .prior.channel import PriorChannel
 from .quantized import read_weight, restore_weight, write_weight
@@ -24,6 +25,8 @@ APPROXIMATE = (
     "routing: uniform over the experts for the tokens, the training prompts' mean scores for the prior. "
     "calibrate_trex_merge finds the best static weights, and says what they miss."
 )
+# Without a router, the experts' weights come of the scores and these.
+SOURCES = ("trex_map", "trex_core", "trex_omega", "trex_gate")
 
 
 class TRexLayer(TRexParameters):
@@ -31,17 +34,18 @@ class TRexLayer(TRexParameters):
 
     def _prior(self, adapter_name: str, scores: Tensor | None) -> Tensor | None:
         """Prior of each expert (..., E) from the scores of the clusters (..., K); None stands for zero in both."""
-        [mapping] = self._find(("trex_map",), adapter_name)
+        mapping, core = self._find(("trex_map", "trex_core"), adapter_name)
+        chosen, prior = self.trex_chosen.get(adapter_name), scores
         if mapping is not None:
             # Without scores, the map still takes part in the graph: DDP waits for every parameter.
             scores = mapping.new_zeros(1, mapping.shape[1]) if scores is None else scores.to(mapping.dtype)
-            return F.linear(scores, mapping)
-        chosen = self.trex_chosen.get(adapter_name)
-        if chosen is None or scores is None:
-            return scores
-        if chosen.device != scores.device:
-            chosen = self.trex_chosen[adapter_name] = chosen.to(scores.device)
-        return scores.index_select(-1, chosen)
+            prior = F.linear(scores, mapping)
+        elif chosen is not None and scores is not None:
+            if chosen.device != scores.device:
+                chosen = self.trex_chosen[adapter_name] = chosen.to(scores.device)
+            prior = scores.index_select(-1, chosen)
+        # The sum is in the core's dtype, so that autocast does not round the map's small part away beside it.
+        return prior if core is None else core[None] if prior is None else prior + core
 
     def _prior_for(self, adapter_name: str, x: Tensor, experts: Experts, shared: bool = False) -> Tensor | None:
         """Prior of each expert for an input `x` of the forward that runs, None where it has no part.
@@ -57,6 +61,28 @@ class TRexLayer(TRexParameters):
             layout = self.trex_settings[adapter_name].layout
             prior = x.new_zeros(1, num_experts(len(experts.A), experts.B.shape[1], layout))
         return prior
+
+    def _fold(
+        self, adapter_name: str, x: Tensor, experts: Experts, shared: bool
+    ) -> tuple[Experts, Tensor | None, Settings]:
+        """The experts, their weights in the prior's place, and settings for these: [`fold`], without a router.
+
+        A generate call has the same weights for all of an answer's tokens. They are kept as long as the call goes on
+        with the very same scores and parameters.
+        """
+        state, kept, folded = self._channel.running.state, None, None
+        if state is not None and not (shared or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            kept = state.kept
+        if kept is not None:
+            scores, parameters = self._channel.scores(adapter_name, x), self._find(SOURCES, adapter_name)
+            folded = kept.get((self, adapter_name))
+            folded = folded if folded is not None and folded.is_of(scores, parameters) else None
+        if folded is None:
+            prior = self._prior_for(adapter_name, x, experts, shared)
+            folded = fold(experts, prior, self.trex_settings[adapter_name])
+            if kept is not None and folded.stamp(scores, parameters):
+                kept[self, adapter_name] = folded
+        return Experts(experts.A, experts.B), folded.weights, folded.settings
 
     @torch.no_grad()
     def static_factors(self, adapter_name: str, cluster: int | None = None) -> tuple[Tensor, Tensor]:
@@ -122,7 +148,11 @@ class TRexLayer(TRexParameters):
         if x.dtype != dtype and not (fused and short and is_fast(x, experts.A)):
             x = self._cast_input_dtype(x, dtype)
         shared = self.takes_positions and self._channel.is_position(base.x)
-        prior = self._prior_for(adapter_name, x, experts, shared)
+        prior: Tensor | None
+        if fused and experts.router is None:
+            experts, prior, settings = self._fold(adapter_name, x, experts, shared)
+        else:
+            prior = self._prior_for(adapter_name, x, experts, shared)
         dropout = self._modules["trex_dropout"]._modules[adapter_name]  # type: ignore[attr-defined]
         if type(dropout) is not nn.Identity:
             x = dropout(x)

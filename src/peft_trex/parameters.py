@@ -18,6 +18,8 @@ from .prior.channel import PriorChannel
 
 Start = Literal[True, False, "random_router", "zero_router"]
 KINDS = tuple(f"trex_{field}" for field in Experts._fields)
+# The shared core begins as this multiple of the identity, and the map beside it as this share of its usual start.
+CORE_START, MAP_START = 0.5, 0.3
 
 
 class TRexParameters(BaseTunerLayer):
@@ -26,7 +28,7 @@ class TRexParameters(BaseTunerLayer):
     Axis legend: E experts, K clusters, Q the rank of a reduced router; `mixture.py` explains the others.
     """
 
-    adapter_layer_names: tuple[str, ...] = (*KINDS, "trex_map")
+    adapter_layer_names: tuple[str, ...] = (*KINDS, "trex_map", "trex_core")
     other_param_names: tuple[str, ...] = (
         "trex_dropout",
         "trex_settings",
@@ -44,6 +46,7 @@ class TRexParameters(BaseTunerLayer):
         self.trex_router = nn.ParameterDict()
         self.trex_router_down = nn.ParameterDict()
         self.trex_map = nn.ParameterDict()
+        self.trex_core = nn.ParameterDict()
         self.trex_omega = nn.ParameterDict()
         self.trex_gate = nn.ParameterDict()
         self.trex_dropout = nn.ModuleDict()
@@ -76,6 +79,7 @@ class TRexParameters(BaseTunerLayer):
             "trex_router": (experts, width) if config.use_router else None,
             "trex_router_down": (width, self.in_features) if config.router_rank else None,
             "trex_map": (experts, config.num_clusters) if config.learned_map else None,
+            "trex_core": (experts,) if config.shared_core else None,
             # The two logits have an axis because FSDP shards no scalars.
             "trex_omega": (1,),
             "trex_gate": (1,),
@@ -96,8 +100,7 @@ class TRexParameters(BaseTunerLayer):
             config.expert_layout,
             None if config.router_top_k is None else min(config.router_top_k, experts),
         )
-        # Without a router, no path is faster than the formula.
-        self.trex_fused[adapter_name] = config.use_router and config.mixture_implementation == "auto"
+        self.trex_fused[adapter_name] = config.mixture_implementation == "auto"
         self.trex_uses_prior[adapter_name] = config.use_prior
         self.trex_reached[adapter_name] = True
         self.trex_chosen.pop(adapter_name, None)
@@ -123,10 +126,31 @@ class TRexParameters(BaseTunerLayer):
         at_zero = ["trex_B", "trex_router"] if start in (True, "zero_router") else ["trex_B"] if start else []
         for name in self.adapter_layer_names:
             parameters = getattr(self, name)
-            if name in (*at_zero, "trex_omega", "trex_gate") and adapter_name in parameters:
+            if adapter_name not in parameters:
+                continue
+            if name in (*at_zero, "trex_omega", "trex_gate"):
                 nn.init.zeros_(parameters[adapter_name])
-            elif adapter_name in parameters:
+            elif name == "trex_core":
+                self._reset_core(adapter_name)
+            else:
                 nn.init.kaiming_uniform_(parameters[adapter_name], a=math.sqrt(5))
+
+    @torch.no_grad()
+    def _reset_core(self, adapter_name: str) -> None:
+        """The core's start, at which each input vector goes to one output vector, and the map's beside it.
+
+        Where there are fewer vectors on one side of a grid, several on the other share each of them.
+        """
+        core, A, B = (kind[adapter_name] for kind in (self.trex_core, self.trex_A, self.trex_B))
+        r_a, r_b = len(A), B.shape[1]
+        if self.trex_settings[adapter_name].layout == "grid":
+            number = torch.arange(len(core))
+            least = min(r_a, r_b)
+            core.copy_(CORE_START * (number // r_b % least == number % r_b % least))
+        else:
+            core.fill_(CORE_START)
+        if adapter_name in self.trex_map:
+            self.trex_map[adapter_name].mul_(MAP_START)
 
     def parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
         """The adapter's parameters in this layer."""

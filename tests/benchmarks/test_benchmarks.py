@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from speed import cases, measure, report, run
-from speed.variants import BASE, LORA, REFERENCE, SIZES, TREX, VARIANTS, has_reference
+from speed.variants import BASE, LORA, RECOMMENDED, REFERENCE, SIZES, SMALL, TREX, VARIANTS, has_reference
 
 import peft_trex.fast.dispatch
 from peft_trex.layer import Linear
@@ -54,8 +54,9 @@ def test_every_case_gives_a_row_for_every_variant(rows):
         assert set(_of(rows, "step", precision)) == everyone
         assert set(_of(rows, "layer", precision, sweep=None)) == everyone
         assert set(_of(rows, "prior", precision)) == {TREX}
-    assert set(_of(rows, "compiled")) == everyone & {TREX, REFERENCE, LORA}
+    assert set(_of(rows, "compiled")) == everyone & {TREX, REFERENCE, LORA, RECOMMENDED}
     assert set(_of(rows, "decode")) == everyone
+    assert set(_of(rows, "generate")) == {TREX, RECOMMENDED, LORA, SMALL}
     assert set(_of(rows, "merge", what="merge_and_unload")) == {TREX, LORA}
     assert set(_of(rows, "merge", what="merge_adapter, unmerge_adapter")) == {TREX, LORA}
     assert set(_of(rows, "fit")) == {TREX, cases.KMEANS}
@@ -85,7 +86,9 @@ def test_variants_are_what_they_are_called(rows):
     linears = [*linears, (size.intermediate, size.hidden)] * size.layers
     lora = sum(wide + out for wide, out in linears)
     trex = sum(36 * wide + 8 * out + 2 for wide, out in linears)
+    recommended = sum(8 * (wide + out) + 64 * 32 + 64 + 2 for wide, out in linears)
     found = {variant: row["trainable"] for variant, row in step.items()}
+    assert found[RECOMMENDED] == recommended and found["LoRA r=8"] == 8 * lora
     assert found[TREX] == trex and found[LORA] == 32 * lora and found["LoRA r=16"] == 16 * lora and found[BASE] == 0
     assert abs(found["LoRA, equal parameters"] - trex) <= lora / 2
     assert found["DoRA r=32"] == 32 * lora + sum(out for _, out in linears)
@@ -318,7 +321,7 @@ def written(rows, tmp_path):
     def write(*changes, keep=lambda row: True):
         kept = [{**row, "size": "cpu"} for row in rows if keep(row)]
         for row in kept:
-            if row["variant"] == TREX:  # all goals are met
+            if row["variant"] in (TREX, RECOMMENDED):  # all goals are met
                 row.update(ratio=0.9, share=row["share"] and 0.005)
                 row.update({name: row[name] and 0.9 for name in ("memory_ratio", "memory_total_ratio")})
         for change in changes:
@@ -333,9 +336,9 @@ def written(rows, tmp_path):
     return write
 
 
-def _set(case, **values):
+def _set(case, variant=TREX, **values):
     """Change T-REX's row of a case in float32."""
-    return lambda rows: _of(rows, case)[TREX].update(values)
+    return lambda rows: _of(rows, case)[variant].update(values)
 
 
 def test_report_has_tables_and_a_plot(written, tmp_path):
@@ -346,6 +349,7 @@ def test_report_has_tables_and_a_plot(written, tmp_path):
         "Training step, ",
         "Training step by torch.compile, ",
         "One new token",
+        "New tokens by generate",
         "The prior's share",
         "One layer",
         "Merging",
@@ -371,6 +375,8 @@ def test_report_has_tables_and_a_plot(written, tmp_path):
             "time of a compiled training step, cpu, fp32: 1.004 x LoRA r=32; the goal is 1.00",
         ),
         (_set("decode", ratio=1.06), "time of one new token, cpu, fp32: 1.060 x LoRA r=32; the goal is 1.05"),
+        (_set("step", RECOMMENDED, ratio=0.96), "recommended: time of a training step, cpu, fp32: 0.960 x LoRA r=32"),
+        (_set("generate", RECOMMENDED, ratio=1.02), "recommended: time of new tokens, cpu, fp32: 1.020 x LoRA r=32"),
         (_set("prior", share=0.02), "the prior's share of a training step, cpu, fp32: 2.00%; the goal is 1%"),
     ],
 )

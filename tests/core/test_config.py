@@ -16,10 +16,21 @@ def test_defaults_are_the_papers():
     assert config.peft_type == PeftType.TREX
 
 
+def test_overrides_of_the_recommended_form_win():
+    recommended = TRexConfig.recommended()
+    assert (recommended.use_router, recommended.shared_core, recommended.learned_map) == (False, True, True)
+    assert (recommended.r_a, recommended.r_b, recommended.prior_scale) == (8, 8, 16)
+    assert recommended.prior_whitening == "auto"
+    changed = TRexConfig.recommended(r_a=4, prior_whitening=16, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    assert (changed.r_a, changed.r_b, changed.prior_whitening, changed.target_modules) == (4, 8, 16, {"q_proj"})
+    with pytest.raises(ValueError, match="shared_core=True is for a part that use_prior=False drops"):
+        TRexConfig.recommended(use_prior=False, use_router=True, prior_map="auto", prior_whitening=None)
+
+
 def test_each_field_has_its_explanation_and_the_docstring_has_the_same():
     documented = " ".join(TRexConfig.__doc__.split())
     knobs = [field for field in dataclasses.fields(TRexConfig) if field.name in TRexConfig.__annotations__]
-    assert len(knobs) == 32
+    assert len(knobs) == 33
     for knob in knobs:
         assert documented.count(f" {knob.name}: {knob.metadata['help']} ") == 1
 
@@ -70,6 +81,10 @@ def test_all_may_be_drawn_without_a_router():
         ({"use_router": False, "router_rank": 2}, ["router_rank=2", "use_router=False"]),
         ({"prior_whitening": 0}, ["prior_whitening=0"]),
         ({"prior_whitening": 16, "use_prior": False}, ["prior_whitening=16", "use_prior=False"]),
+        ({"prior_whitening": "auto", "use_prior": False}, ["prior_whitening='auto'", "use_prior=False"]),
+        ({"prior_whitening": "all"}, ["prior_whitening='all'", "whole number"]),
+        ({"shared_core": 1}, ["shared_core=1", "one of True, False"]),
+        ({"shared_core": True, "use_prior": False}, ["shared_core=True", "use_prior=False"]),
         ({"init_weights": "gaussian"}, ["init_weights='gaussian'", "one of True, False, random_router, zero_router"]),
         ({"init_weights": 1}, ["init_weights=1", "one of True, False, random_router"]),
         ({"init_weights": "random_router", "use_router": False}, ["'random_router'", "use_router=False"]),

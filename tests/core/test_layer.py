@@ -40,6 +40,8 @@ def _reference(layer, adapter_name, x, scores, config):
         prior = scores @ layer.trex_map[adapter_name].T if config.learned_map else scores
     elif config.use_prior:
         prior = torch.zeros(1, config.num_experts, dtype=x.dtype)
+    if config.shared_core:
+        prior = prior + layer.trex_core[adapter_name]
     return rank_one_mixture(
         x,
         layer.trex_A[adapter_name],
@@ -74,6 +76,7 @@ def _configs(draw):
         router_rank=draw(st.sampled_from([None, 1, 3])) if use_router else None,
         router_top_k=draw(st.sampled_from([None, 1, experts])) if use_router else None,
         use_prior=use_prior,
+        shared_core=use_prior and draw(st.booleans()),
         token_scale=draw(st.sampled_from([None, 0.5, 32.0])) if use_router else None,
         prior_scale=draw(st.sampled_from([0.25, 4.0])),
         gate_temperature=draw(st.sampled_from([1.0, 100.0])),
@@ -158,8 +161,10 @@ def _folder():
         (TRexConfig(router_rank=8), 38_492_720),
         (TRexConfig(router_rank=4), 31_329_840),
         (TRexConfig(use_router=False), 24_166_960),
+        # 8 D_in + 8 D_out, a map of 64 x 32, a core of 64, and 2
+        (TRexConfig.recommended(), 31_885_360),
     ],
-    ids=["lora", "trex", "router_rank 8", "router_rank 4", "no router"],
+    ids=["lora", "trex", "router_rank 8", "router_rank 4", "no router", "recommended"],
 )
 def test_parameter_count_of_llama_2_13b(config, parameters):
     shapes = LlamaConfig(
@@ -315,9 +320,10 @@ def test_merge_is_exact_where_the_routing_is_constant():
     torch.testing.assert_close(merged(input_ids=ids).logits, routed, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shared_core", [False, True])
 @pytest.mark.parametrize("clusters", [4, 6])
-def test_merge_without_a_router_is_the_mixture_at_the_mean_prior(clusters):
-    model = adapted(use_router=False, num_clusters=clusters)
+def test_merge_without_a_router_is_the_mixture_at_the_mean_prior(clusters, shared_core):
+    model = adapted(use_router=False, num_clusters=clusters, shared_core=shared_core)
     layer = model.base_model.model.model.layers[1].mlp.down_proj
     scores = model.base_model.trex_prior["default"].mean_scores[None]
     x = torch.randn(1, 5, 48)

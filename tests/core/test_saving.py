@@ -32,6 +32,7 @@ VARIANTS = {
     "no router": {"use_router": False},
     "no prior": {"use_prior": False},
     "whitened": {"prior_whitening": 5},
+    "shared core": {"use_router": False, "shared_core": True, "prior_whitening": "auto"},
     "head and bias": {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"], "bias": "trex_only"},
 }
 

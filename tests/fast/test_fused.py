@@ -32,9 +32,10 @@ def draw(
     dtype=torch.float64,
     seed=0,
 ):
-    """Tensors of a random case, all of which ask for gradients."""
+    """Tensors of a random case, all of which ask for gradients; a prior that is "alone" has no router beside it."""
     generator = torch.Generator().manual_seed(seed)
     experts = num_experts(r_a, r_b, layout)
+    alone, prior = prior.endswith(" alone"), prior.removesuffix(" alone")
 
     def randn(*size, scale=1.0):
         return (scale * torch.randn(*size, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
@@ -51,15 +52,15 @@ def draw(
         "x": randn(*shape, d_in),
         "A": randn(r_a, d_in, scale=d_in**-0.5),
         "B": randn(d_out, r_b),
-        "router": randn(experts, router_rank or d_in, scale=d_in**-0.5),
+        "router": None if alone else randn(experts, router_rank or d_in, scale=d_in**-0.5),
         "omega_logit": randn(1, scale=0.01),
         "gate_logit": randn(1, scale=0.01),
     }
     if rows is not None:
         tensors["prior"] = randn(*rows, scale=0.5)
-    if router_rank:
+    if router_rank and not alone:
         tensors["router_down"] = randn(router_rank, d_in)
-    return tensors
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def reference(tensors, **kwargs):
@@ -124,14 +125,16 @@ def assert_equal(found, expected, tolerance=1e-9):
         )
 
 
+ALONE = ["one alone", "row alone", "token alone"]
+PRIORS = ["none", "one", "row", "token", "one for each place", *ALONE, "one for each place alone"]
 SHAPES = [(3, 5), (1, 1), (2, 1), (1, 70), (7,), (2, 3, 4), (2, 83)]
 
 
-@pytest.mark.parametrize("prior", ["none", "one", "row", "token", "one for each place"])
+@pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("layout", ["grid", "paired"])
 def test_equals_the_formula(shape, layout, prior):
-    if prior in ("token", "one for each place") and len(shape) != 2:
+    if prior.startswith(("token", "one for each place")) and len(shape) != 2:
         pytest.skip("the formula takes such a prior for x (B, T, D_in) only")
     sizes = {"r_a": 3, "r_b": 3 if layout == "paired" else 5}
     tensors = draw(shape, layout=layout, prior=prior, **sizes)
@@ -141,13 +144,13 @@ def test_equals_the_formula(shape, layout, prior):
         assert_equal({"output": fused(tensors, layout=layout, **SCALES)}, {"output": expected["output"]})
 
 
-@pytest.mark.parametrize("prior", ["none", "one", "row", "token", "one for each place"])
+@pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("shape", [(3, 5), (1, 1), (7,), (2, 3, 4)], ids=str)
 @pytest.mark.parametrize(
     ("layout", "rank", "top_k"), [("grid", None, None), ("paired", None, None), ("grid", 4, None), ("grid", None, 2)]
 )
 def test_one_product_with_a_and_the_router_equals_the_formula(shape, layout, prior, rank, top_k):
-    if prior in ("token", "one for each place") and len(shape) != 2:
+    if prior.startswith(("token", "one for each place")) and len(shape) != 2:
         pytest.skip("the formula takes such a prior for x (B, T, D_in) only")
     tensors = draw(shape, layout=layout, r_a=3, prior=prior, router_rank=rank)
     settings = {"layout": layout, "top_k": top_k, **SCALES}
@@ -155,13 +158,13 @@ def test_one_product_with_a_and_the_router_equals_the_formula(shape, layout, pri
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("prior", ["none", "one", "row", "token"])
+@pytest.mark.parametrize("prior", ["none", "one", "row", "token", *ALONE])
 @pytest.mark.parametrize("shape", [(3, 5), (1, 1), (2, 1), (7,), (2, 83)], ids=str)
 @pytest.mark.parametrize(
     ("layout", "rank", "top_k"), [("grid", None, None), ("paired", None, None), ("grid", 4, None), ("grid", None, 2)]
 )
 def test_a_frozen_base_layer_is_computed_along(layout, rank, top_k, shape, prior, bias):
-    if prior == "token" and len(shape) != 2:
+    if prior.startswith("token") and len(shape) != 2:
         pytest.skip("the formula takes such a prior for x (B, T, D_in) only")
     tensors = without("result", draw(shape, layout=layout, r_a=3, prior=prior, router_rank=rank))
     layer, settings = frozen_linear(bias=bias), {"layout": layout, "top_k": top_k, **SCALES}
@@ -330,7 +333,7 @@ def test_a_reduced_router(shape, prior):
     d_out=st.integers(1, 20),
     r_a=st.integers(1, 6),
     r_b=st.integers(1, 6),
-    prior=st.sampled_from(["none", "one", "row", "token"]),
+    prior=st.sampled_from(["none", "one", "row", "token", *ALONE]),
     omega=st.floats(-0.5, 0.5),
     gate=st.floats(-0.5, 0.5),
     scale=st.sampled_from([1.0, 30.0]),
@@ -341,7 +344,8 @@ def test_equals_the_formula_on_whatever_comes(rows, tokens, d_in, d_out, r_a, r_
     with torch.no_grad():
         tensors["omega_logit"].fill_(omega)  # up to e^-50, where a sigmoid's two sides differ by one side only
         tensors["gate_logit"].fill_(gate)
-        tensors["router"] *= scale  # and a softmax that is nearly one expert
+        for name in {"router"} & tensors.keys():
+            tensors[name] *= scale  # and a softmax that is nearly one expert
     expected = run(reference, tensors, **SCALES)
     assert_equal(run(fused, tensors, **SCALES), expected)
     with torch.no_grad():
@@ -349,9 +353,10 @@ def test_equals_the_formula_on_whatever_comes(rows, tokens, d_in, d_out, r_a, r_
 
 
 @pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("prior", ["one", "one alone", "row alone"])
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0,)], ids=str)
-def test_no_tokens_at_all(shape, grad):
-    tensors = draw(shape, prior="one")
+def test_no_tokens_at_all(shape, prior, grad):
+    tensors = draw(shape, prior=prior)
     with torch.set_grad_enabled(grad):
         output = fused(tensors, **SCALES)
     assert output.shape == (*shape, 20)
@@ -359,17 +364,18 @@ def test_no_tokens_at_all(shape, grad):
         assert_equal(run(fused, tensors, **SCALES), run(reference, tensors, **SCALES))
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (2, 83)], ids=str)
+@pytest.mark.parametrize("prior", ["row", "row alone"])
+@pytest.mark.parametrize("shape", [(3, 5), (2, 83), (3, 1), (1, 1)], ids=str)
 @pytest.mark.parametrize("logit", [40.0, -40.0, float("nan"), float("inf"), -float("inf")])
-def test_logits_at_their_ends(shape, logit):
-    tensors = draw(shape)
+def test_logits_at_their_ends(shape, logit, prior):
+    tensors = draw(shape, prior=prior)
     for name in ("omega_logit", "gate_logit"):
         with torch.no_grad():
             tensors[name].fill_(logit)
             found, expected = fused(tensors, **SCALES), reference(tensors, **SCALES)
         torch.testing.assert_close(found, expected, equal_nan=True)
         assert found.isnan().all() == math.isnan(logit)
-        tensors = draw(shape)
+        tensors = draw(shape, prior=prior)
 
 
 def exact(tensors):
@@ -381,7 +387,7 @@ def distance(found, truth):
 
 
 @pytest.mark.parametrize("products", ["as on this machine", "in half precision"])
-@pytest.mark.parametrize("prior", ["none", "row", "token"])
+@pytest.mark.parametrize("prior", ["none", "row", "token", "row alone", "token alone"])
 @pytest.mark.parametrize(
     "mode", ["all bf16", "all fp16", "bf16 base", "autocast", "autocast with a bf16 base", "fp16 autocast"]
 )
@@ -453,6 +459,25 @@ def test_what_is_kept_for_the_backward_pass(layout, rank):
     output.sum().backward()
 
 
+@pytest.mark.parametrize("layout", ["grid", "paired"])
+def test_what_is_kept_without_a_router(layout):
+    """The input, what A makes of it, what B is applied to, and a core for each prompt."""
+    r_b = 3 if layout == "paired" else 5
+    tensors = draw((2, 100), d_in=40, d_out=56, r_a=3, r_b=r_b, layout=layout, prior="row alone", dtype=torch.float32)
+    tensors = without("result", tensors)
+    layer = frozen_linear(40, 56, dtype=torch.float32)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        output = with_layer(fused, layer)(tensors, layout=layout, **SCALES)
+    given = {tensor.data_ptr() for tensor in (*tensors.values(), layer.weight)}
+    wide = sorted(tuple(tensor.shape) for tensor in kept if tensor.data_ptr() not in given and tensor.numel() > 20)
+    core = (2, num_experts(3, r_b, layout))
+    assert [shape for shape in wide if shape[0] == 200] == [(200, 3), (200, r_b)]
+    assert all(shape in ((200, 3), (200, r_b), core) for shape in wide)
+    assert tensors["x"].data_ptr() in {tensor.data_ptr() for tensor in kept}
+    output.sum().backward()
+
+
 def test_gradients_only_of_what_asks_for_them():
     tensors = draw((2, 83))
     expected = run(reference, tensors, **SCALES)
@@ -519,7 +544,10 @@ def calls(monkeypatch):
     [
         ({}, "add_fused"),
         ({"mixture_implementation": "reference"}, "apply_experts"),
-        ({"use_router": False}, "apply_experts"),
+        ({"use_router": False}, "add_fused"),
+        ({"use_router": False, "shared_core": True}, "add_fused"),
+        ({"use_router": False, "prior_scope": "answer"}, "add_fused"),
+        ({"use_router": False, "expert_layout": "paired", "r_a": 4, "r_b": 4}, "add_fused"),
         ({"use_prior": False}, "add_fused"),
         ({"router_rank": 3}, "add_fused"),
         ({"num_clusters": 5}, "add_fused"),

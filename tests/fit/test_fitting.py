@@ -401,6 +401,33 @@ def test_more_directions_than_the_embedding_has():
         adapted(prior_whitening=33)
 
 
+def test_as_many_directions_as_there_are_clusters_or_as_vary():
+    """What is chosen equals the fit with that number, and the shapes do not hang on it."""
+    embeddings, _ = _tasks(400, dim=DIM)
+    few = embeddings @ np.diag(np.arange(DIM) < 3).astype(np.float32)
+    for given, clusters, chosen in ((embeddings, 4, 4), (few, 5, 3), (embeddings, 30, DIM), (few[:9], 2, 2)):
+        model, plain = (_external(clusters, prior_whitening=each) for each in ("auto", chosen))
+        for each in (model, plain):
+            initialize_trex_prior(each, embeddings=given, progress=False)
+        prior = _prior(model)
+        assert prior.whitening.shape == (min(clusters, DIM), DIM)
+        assert prior.whitening.any(1).tolist() == [number < chosen for number in range(len(prior.whitening))]
+        rows = torch.from_numpy(given)
+        torch.testing.assert_close(prior.score(rows), _prior(plain).score(rows))
+        torch.testing.assert_close(prior.pulled_back(), _prior(plain).pulled_back())
+        if chosen < min(clusters, DIM):
+            with pytest.raises(ValueError, match=rf"vary in {chosen} directions.*with \"auto\""):
+                initialize_trex_prior(_external(clusters, prior_whitening=clusters), embeddings=given, progress=False)
+
+
+def test_prompts_that_are_all_alike_leave_nothing_to_whiten():
+    model = _external(prior_whitening="auto")
+    before = _state(model)
+    with pytest.raises(ValueError, match="1 distinct prompts"):
+        initialize_trex_prior(model, embeddings=np.ones((50, DIM), np.float32), progress=False)
+    assert _same(before, _state(model)) and not _prior(model).fitted
+
+
 # several processes
 
 

@@ -69,6 +69,7 @@ CASES = {
     "no prior, reduced router": {"use_prior": False, "fit": False, "router_rank": 2},
     "strongest experts": {"router_top_k": 2},
     "no router, paired": {"use_router": False, "expert_layout": "paired", "r_a": 4, "r_b": 4},
+    "shared core": {"use_router": False, "shared_core": True, "r_a": 3, "r_b": 3, "prior_whitening": "auto"},
     "unfitted": {"fit": False},
 }
 

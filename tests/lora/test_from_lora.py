@@ -594,3 +594,54 @@ def test_what_cannot_be_trained(settings, message):
     with pytest.raises(ValueError, match=message):
         TRexConfig(**settings)
     TRexConfig(trainable="router", use_router=False, prior_map="learned")
+
+
+FORMS_WITH_CORE = [
+    {},
+    {"use_router": False},
+    {"expert_layout": "grid", "r_a": 3, "r_b": 3, "use_router": False},
+    {"expert_layout": "grid", "r_a": 4, "r_b": 5},
+]
+
+
+@pytest.mark.parametrize("form", FORMS_WITH_CORE, ids=str)
+@pytest.mark.filterwarnings("ignore:The semantic prior of the adapter:UserWarning")
+def test_a_lora_is_a_shared_core(form):
+    """Without a router the core is the usual start, half of the identity, with what it lacks in rank at zero."""
+    lora = make_lora()
+    ids = prompts(4)
+    expected = lora(ids).logits
+    model, report = trex_from_lora(make_llama(), [lora], shared_core=True, prior_scale=16.0, **form)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    assert max(*report.errors, *report.start_errors) < 1e-9
+    if not form.get("use_router", True):
+        for layer in trex_layers(model).values():
+            identity = torch.ones(3) if "expert_layout" not in form else torch.eye(3).flatten()
+            torch.testing.assert_close(layer.trex_core["default"], identity / 2, rtol=1e-5, atol=1e-5)
+            assert not layer.trex_map["default"].any()
+
+
+@pytest.mark.parametrize("form", FORMS_WITH_CORE[1:], ids=str)
+@pytest.mark.filterwarnings("ignore:The semantic prior of the adapter:UserWarning")
+def test_a_shared_core_is_the_mean_and_prompts_add_the_rest(form):
+    loras = [make_lora(seed) for seed in range(2)]
+    form = {"r_a": 6, "r_b": 6, **form} if "expert_layout" not in form else {**form, "r_a": 6, "r_b": 6}
+    settings = {"shared_core": True, "prior_scale": 16.0, "num_clusters": 4, **form}
+    wanted = [deltas(lora) for lora in loras]
+    model, _ = trex_from_lora(make_llama(), loras, **settings)
+    for name, layer in trex_layers(model).items():
+        mean = sum(delta[name] for delta in wanted) / 2
+        torch.testing.assert_close(layer.get_delta_weight("default").double(), mean, rtol=1e-4, atol=1e-5)
+    data = [own_prompts(number) for number in range(2)]
+    model, report = trex_from_lora(make_llama(), loras, prompts=data, progress=False, **settings)
+    scorer, prior = model.base_model.prompts.scorer, model.base_model.trex_prior["default"]
+    for name, layer in trex_layers(model).items():
+        for number, batches in enumerate(data):
+            scores = torch.cat([prior.score(scorer.embed(Inputs.of(batch))[0]) for batch in batches])
+            weights = 0.5 * 16 * (layer.trex_core["default"] + scores @ layer.trex_map["default"].T).detach().double()
+            if form.get("use_router", True):
+                weights = weights + 0.5
+            missed = sum(energy(wanted[number][name] - dense(layer, row)) for row in weights) / len(weights)
+            expected = report.start_layers[name][number] * energy(wanted[number][name])
+            assert missed == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert max(report.errors) < 1e-9 and max(report.start_errors) < 0.1

@@ -62,13 +62,13 @@ def external_model(**settings):
     return model
 
 
-@pytest.fixture(scope="module", params=[None, 5], ids=["", "whitened"])
+@pytest.fixture(scope="module", params=[None, 5, "auto"], ids=["", "whitened", "auto"])
 def tokens(tmp_path_factory, request):
     model = adapted(prior_whitening=request.param)
     return model, SemanticRouter.from_pretrained(export(model, tmp_path_factory.mktemp("tokens")))
 
 
-@pytest.fixture(scope="module", params=[None, 5], ids=["", "whitened"])
+@pytest.fixture(scope="module", params=[None, 5, "auto"], ids=["", "whitened", "auto"])
 def external(tmp_path_factory, request):
     model = external_model(prior_whitening=request.param)
     return model, SemanticRouter.from_pretrained(export(model, tmp_path_factory.mktemp("external")))

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
-from conftest import CACHE, PAD, adapted, pad_to, prompts
+from conftest import CACHE, PAD, adapted, batches, pad_to, prompts, randomize
+from transformers import LogitsProcessorList
 
-from peft_trex import TRexLayer
+import peft_trex.layer
+from peft_trex import TRexConfig, TRexLayer, initialize_trex_prior
+from peft_trex.fast.core import fold
 from peft_trex.prior.inputs import Inputs
 
 LENGTHS = [9, 4, 6]
@@ -224,3 +227,118 @@ def test_rows_that_do_not_fit_the_prompts_are_refused():
     inner = flat_layer.forward
     flat_layer.forward = lambda x: inner(x.flatten(0, 1)).unflatten(0, x.shape[:2])
     torch.testing.assert_close(flat(input_ids=prompts(3)).logits, expected)
+
+
+STATIC = {"use_router": False, "shared_core": True}
+STATIC_PATHS = {
+    **PATHS,
+    "several sequences": {"do_sample": True, "num_return_sequences": 2, "temperature": 1e-4},
+    "scope answer": {},
+    "identity map": {},
+    "paired": {},
+    "not fitted": {},
+}
+
+
+def _twins(path="greedy"):
+    """A model without a token router, and the same by the readable formula."""
+    settings = {
+        "scope answer": {"prior_scope": "answer"},
+        "identity map": {"num_clusters": 6},
+        "paired": {"expert_layout": "paired", "r_a": 3, "r_b": 3},
+        "not fitted": {"fit": False},
+    }.get(path, {})
+    return [adapted(**STATIC, **settings, mixture_implementation=each) for each in ("auto", "reference")]
+
+
+def _logits(model, inputs, **kwargs):
+    options = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 6, "pad_token_id": PAD}
+    found = model.generate(**inputs, **{"do_sample": False, **options, **kwargs})
+    return found.sequences, torch.stack(found.logits)
+
+
+@pytest.mark.parametrize("path", STATIC_PATHS)
+@pytest.mark.parametrize("inference", [True, False])
+@pytest.mark.filterwarnings("ignore:The semantic prior of the adapter:UserWarning")
+def test_without_a_token_router_generation_equals_the_formula(path, inference):
+    model, twin = _twins(path)
+    for inputs in (_batch("left"), {"input_ids": _rows()[0][None]}):
+        with torch.inference_mode() if inference else torch.no_grad():
+            (ids, found), (same_ids, expected) = (
+                _logits(each, inputs, **STATIC_PATHS[path]) for each in (model, twin)
+            )
+        assert torch.equal(ids, same_ids)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_generate_call_computes_the_weights_once(monkeypatch):
+    model, _ = _twins()
+    layers = sum(isinstance(module, TRexLayer) for module in model.modules())
+    calls = []
+
+    def counted(*args):
+        calls.append(None)
+        return fold(*args)
+
+    monkeypatch.setattr(peft_trex.layer, "fold", counted)
+    for number in (1, 2):
+        _new(model, _batch("left"))
+        assert len(calls) == number * layers
+    with torch.no_grad():
+        model(**_batch("left")), model(**_batch("left"))
+    assert len(calls) == 4 * layers
+
+
+def _add(layer, kind):
+    with torch.no_grad():
+        getattr(layer, kind)["default"].add_(0.3 if kind in ("trex_map", "trex_core") else 0.02)
+
+
+def _replace(layer, kind):
+    parameters = getattr(layer, kind)
+    parameters["default"] = torch.nn.Parameter(parameters["default"].detach() + 0.02, requires_grad=False)
+
+
+@pytest.mark.parametrize("kind", ["trex_map", "trex_core", "trex_omega", "trex_gate", "trex_A", "trex_B"])
+@pytest.mark.parametrize("change", [_add, _replace])
+def test_what_changes_while_a_call_runs_counts_from_the_next_token_on(kind, change):
+    outputs = []
+    for model in _twins():
+        seen = []
+
+        def processor(ids, scores, model=model, seen=seen):
+            seen.append(scores)
+            if len(seen) == 3:
+                for layer in [module for module in model.modules() if isinstance(module, TRexLayer)]:
+                    change(layer, kind)
+            return scores
+
+        _logits(model, {"input_ids": _rows()[0][None]}, logits_processor=LogitsProcessorList([processor]))
+        outputs.append(torch.stack(seen))
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+    model, _ = _twins()
+    _, unchanged = _logits(model, {"input_ids": _rows()[0][None]})
+    torch.testing.assert_close(outputs[0][:3], unchanged[:3], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(outputs[0][3], unchanged[3], rtol=1e-3, atol=1e-3)
+
+
+def test_another_adapter_takes_over_while_a_call_runs():
+    outputs = []
+    for model in _twins():
+        implementation = model.peft_config["default"].mixture_implementation
+        other = TRexConfig(
+            r_a=3, r_b=2, num_clusters=4, task_type="CAUSAL_LM", **STATIC, mixture_implementation=implementation
+        )
+        model.add_adapter("other", other)
+        randomize(model, "other", seed=3)
+        initialize_trex_prior(model, batches(), adapter_name="other", progress=False)
+        model.base_model.set_adapter(["default", "other"])
+
+        def processor(ids, scores, model=model):
+            if ids.shape[1] == 12:
+                model.set_adapter("other")
+            return scores
+
+        inputs = {"input_ids": _rows()[0][None]}
+        outputs.append(_logits(model, inputs, logits_processor=LogitsProcessorList([processor]))[1])
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)

@@ -61,7 +61,7 @@ class LayerCosts:
         start = torch.eye(self.r_b, dtype=torch.float64)[:, outputs]
         U = moments.solve(start, ridge(moments.zz, RIDGE["core"]))
         missed = moments.missed(U, self.BB) / self.added if self.added > 0 else 0.0
-        shares = dict.fromkeys(("trex_router", "trex_map"), len(experts) / len(self.pp))
+        shares = dict.fromkeys(("trex_router", "trex_map", "trex_core"), len(experts) / len(self.pp))
         shares |= {"trex_A": len(inputs) / self.r_a, "trex_B": len(outputs) / self.r_b}
         parameters = sum(round(shares.get(kind, 1) * size) for kind, size in self.sizes.items())
         return Selection(inputs, outputs, experts, U, missed * self.routing.energy, parameters)

@@ -280,7 +280,8 @@ class _Pruner:
         sketch = _Sketch(layer)
         sketch.update_layer(self.adapter_name, config, name)
         kept = {kind: state[kind] for kind in (*layer.adapter_layer_names, *KEPT) if kind in state}
-        rows = {"trex_A": selection.inputs, "trex_router": selection.experts, "trex_map": selection.experts}
+        rows = dict.fromkeys(("trex_router", "trex_map", "trex_core"), selection.experts)
+        rows["trex_A"] = selection.inputs
         values = {kind: state[kind][numbers] for kind, numbers in rows.items() if kind in state}
         B = state["trex_B"]
         wide = torch.promote_types(B.dtype, torch.float32)

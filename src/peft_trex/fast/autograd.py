@@ -1,8 +1,9 @@
 """The fast path of the mixture with gradients: [`rank_one_mixture`] with a backward pass written by hand.
 
 It keeps the layer's input, the product with [A; R] (N, r_a + E) and the mixed features (N, r_b), but nothing of width
-D_out. Softmax, weights and mix are in float32 or wider; the products with A, R and B are in the dtype of the input, or
-of autocast. Here N is the number of tokens of all rows, and P the number of the prior's rows, each for N / P tokens.
+D_out. Without a router it keeps `A x` (N, r_a) and the experts' weights (P, E) instead of it. Softmax, weights
+and mix are in float32 or wider; the products with A, R and B are in the dtype of the input, or of autocast. Here N is
+the number of tokens of all rows, and P the number of the prior's rows, each for N / P tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..mixture import Experts, Settings, keep_strongest
-from . import cpu, gpu
+from . import core, cpu, gpu
 from .base import SHORT, Base
 
 # CPUs without AVX-512 have no products in half precision, and PyTorch's substitutes take up to ten times as long.
@@ -65,16 +66,17 @@ def without_autocast(device: str, function: Callable[..., Any], *arguments: Any)
 
 
 def stack(experts: Experts) -> Tensor:
-    """[A; R] (r_a + E, D_in), or (r_a + Q, D_in) with a reduced router."""
+    """[A; R] (r_a + E, D_in), or (r_a + Q, D_in) with a reduced router, or A alone without one."""
     lower = experts.router if experts.router_down is None else experts.router_down
-    assert lower is not None
-    return torch.cat((experts.A, lower))
+    return experts.A if lower is None else torch.cat((experts.A, lower))
 
 
 class _Mixture(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         """The output (N, D_out), from x (..., D_in) and prior (P, E). The products are made in `dtype`.
+
+        Without a router, the prior's place is taken by the experts' weights (P, E), with omega and gate.
 
         The base layer's part is its output (N, D_out), or is made of its weight (D_out, D_in) and bias (D_out,).
         """
@@ -85,7 +87,10 @@ class _Mixture(torch.autograd.Function):
         if not tokens.dtype == down.dtype == up.dtype == dtype:
             tokens, down, up = tokens.to(dtype), down.to(dtype), up.to(dtype)
         scales = features = h = kept = None
-        if gpu.available(tokens):
+        if experts.router is None:
+            features = tokens @ down.T
+            kept = mixed = core.mix(features, prior, settings.layout).to(dtype)
+        elif gpu.available(tokens):
             # The kernel's backward pass makes `h` and `mixed` again.
             features = tokens @ down.T
             mixed = gpu.mix(_with_logits(features.T, experts, settings).T, prior, experts, settings)
@@ -125,7 +130,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     r_a = len(experts.A)
     down, up = stack(experts).to(dtype) if down is None else down, experts.B
     tokens, outgoing = x.reshape(-1, x.shape[-1]).to(dtype), grad.to(dtype)
-    if h is None:
+    d_prior: Tensor | None
+    d_omega = d_gate = None
+    if experts.router is None:
+        d_h, d_prior = core.mix_backward(features, prior, outgoing @ up, settings.layout)
+        d_h = d_h.to(dtype)
+    elif h is None:
         logits = _with_logits(features.T, experts, settings).T
         du = outgoing @ up
         mixed, d_h, d_omega, d_gate, d_prior = gpu.mix_backward(logits, du, prior, experts, settings, needs_prior)
@@ -143,6 +153,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         d_h = torch.cat((d_h[:, :r_a], d_logits @ experts.router.to(dtype)), -1)  # type: ignore[union-attr]
     d_A, d_lower = (d_h.T @ tokens).tensor_split((r_a,))
     d_router, d_router_down = (d_lower, None) if d_up is None else (d_up, d_lower)
+    d_router = None if experts.router is None else d_router
     d_x = None
     if needs_x:
         d_x = d_h @ down if weight is None else (outgoing @ weight).addmm_(d_h, down)

@@ -119,32 +119,40 @@ def _by_prompt(values: Tensor, prior: Tensor) -> Tensor:
 def decode(output: Tensor, x: Tensor, experts: Experts, prior: Tensor | None, settings: Settings) -> Tensor:
     """Add the adapter's output for new tokens x (B, 1, D_in) to the base layer's (B, 1, D_out), without gradients.
 
-    Decoding costs what its calls cost, so this makes few: even a cast to the same dtype is left out.
+    Without a router, the prior is the experts' weights themselves. Decoding costs what its calls cost, so this makes
+    few: even a cast to the same dtype is left out.
     """
     A, B, router, router_down, *_ = experts
-    assert router is not None
     # One row is a vector, and products with it take half as long.
     alone = x.shape[0] == 1
     multiply = (lambda x, weight: torch.mv(weight, x)) if alone else F.linear
     # A copy of the input is smaller than one of the weights.
     x = x.view(-1) if alone else x
     x = x if x.dtype == A.dtype else x.to(A.dtype)
-    a, z = multiply(x, A), multiply(x, router if router_down is None else router_down)
-    if router_down is not None:
-        z = multiply(z, router)
-    if A.dtype in SHORT:
-        a, z = a.float(), z.float()
-    if settings.top_k is not None:
-        z = keep_strongest(z, settings.top_k)
-    G = torch.softmax(z, -1)
-    scales = Scales.of(experts, prior, settings)
-    if prior is not None:
-        if not alone:
-            prior = prior.view(-1, 1, prior.shape[-1])
-        if scales.token == 1:
-            G = torch.add(G, prior, alpha=scales.prior)
-        else:
-            G = torch.add(prior, G, alpha=scales.token)
+    a = multiply(x, A)
+    a = a.float() if A.dtype in SHORT else a
+    if prior is not None and not alone:
+        prior = prior.view(-1, 1, prior.shape[-1])
+    scale = 1.0
+    if router is None:
+        assert prior is not None
+        G = prior if alone else prior.expand(len(a), 1, -1)
+    else:
+        z = multiply(x, router if router_down is None else router_down)
+        if router_down is not None:
+            z = multiply(z, router)
+        if A.dtype in SHORT:
+            z = z.float()
+        if settings.top_k is not None:
+            z = keep_strongest(z, settings.top_k)
+        G = torch.softmax(z, -1)
+        scales = Scales.of(experts, prior, settings)
+        scale = scales.larger
+        if prior is not None:
+            if scales.token == 1:
+                G = torch.add(G, prior, alpha=scales.prior)
+            else:
+                G = torch.add(prior, G, alpha=scales.token)
     r_a, r_b = A.shape[0], B.shape[1]
     if settings.layout == "paired":
         m = (a * G).view(a.shape)
@@ -154,7 +162,7 @@ def decode(output: Tensor, x: Tensor, experts: Experts, prior: Tensor | None, se
         m = torch.matmul(a.unsqueeze(-2), G.view(*a.shape, r_b)).squeeze(-2)
     m = m if m.dtype == A.dtype else m.to(A.dtype)
     if alone and output.dtype == A.dtype:
-        output.view(-1).addmv_(B, m, alpha=scales.larger)
+        output.view(-1).addmv_(B, m, alpha=scale)
         return output
     delta = multiply(m, B)
-    return output.add_(delta if delta.dtype == output.dtype else delta.to(output.dtype), alpha=scales.larger)
+    return output.add_(delta if delta.dtype == output.dtype else delta.to(output.dtype), alpha=scale)

@@ -10,6 +10,7 @@ from ..mixture import Experts, Settings, apply_experts, mixture_of
 from . import gpu
 from .autograd import add_fused, stack, without_autocast
 from .base import Base
+from .core import fold
 from .cpu import decode
 
 FEW = 64  # rows, up to which decoding costs more for its calls than for its arithmetic
@@ -23,7 +24,8 @@ def add_mixture(
     Args:
         base: the base layer's part, with the layer's own input.
         x: (..., D_in), the adapter's input: that of `base`, or what a cast and dropout made of it.
-        experts, prior, settings: as in [`rank_one_mixture`]; omega and gate must be there, with `fast` the router too.
+        experts, prior, settings: as in [`rank_one_mixture`], with omega and gate; or experts of A and B alone, and
+            what [`fold`] makes of the others.
         fast: False for the formula.
 
     Returns:
@@ -32,6 +34,9 @@ def add_mixture(
     if not fast:
         output = base.compute()
         return output + apply_experts(x, experts, prior, settings).to(output.dtype)
+    if experts.router is None and (experts.omega is not None or experts.gate is not None):
+        folded = fold(experts, prior, settings)
+        experts, prior, settings = Experts(experts.A, experts.B), folded.weights, folded.settings
     if not is_fast(base.x, experts.A):
         return add_stacked(base.compute(), x, experts, prior, settings)
     if x is not base.x:
@@ -49,8 +54,11 @@ def add_mixture(
 def add_stacked(output: Tensor, x: Tensor, experts: Experts, prior: Tensor | None, settings: Settings) -> Tensor:
     """The formula for compilers and for devices without a fast path: one product with [A; R] reads x once."""
     a, z = F.linear(x, stack(experts)).tensor_split((experts.A.shape[0],), -1)
-    assert experts.router is not None
-    logits = z if experts.router_down is None else F.linear(z, experts.router)
+    logits: Tensor | None = z
+    if experts.router is None:
+        logits = None
+    elif experts.router_down is not None:
+        logits = F.linear(z, experts.router)
     return output + mixture_of(a, logits, experts, prior, settings).to(output.dtype)
 
 

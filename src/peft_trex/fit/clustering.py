@@ -51,7 +51,7 @@ def cluster(
         raise ValueError("None of the prompts has a token, or an embedding that is not zero.")
     mean = (total / prompts).astype(np.float32)
     rows -= mean
-    whitening = None if prior.whitening is None else _whitening(rows, len(prior.whitening), seed)
+    whitening = None if prior.whitening is None else _whitening(rows, prior, seed)
     unit = rows if whitening is None else rows @ whitening.T
     F.normalize(torch.from_numpy(unit), dim=-1, out=torch.from_numpy(unit))
     clusters = len(prior.centroids)
@@ -99,16 +99,22 @@ def _check_distinct(unit: np.ndarray, clusters: int, prompts: int) -> None:
         raise ValueError(f"All {len(unit)} prompts have the same embedding, so there is nothing to cluster.")
 
 
-def _whitening(rows: np.ndarray, whitened: int, seed: int) -> np.ndarray:
-    """(p, d): the leading principal directions of rows (n, d), each over its standard deviation."""
+def _whitening(rows: np.ndarray, prior: SemanticPrior, seed: int) -> np.ndarray:
+    """(p, d): the leading principal directions of rows (n, d), each over its standard deviation.
+
+    The rows after those that the data vary in are zero.
+    """
     from sklearn.decomposition import PCA
 
-    pca = PCA(min(whitened, *rows.shape), random_state=seed).fit(rows)
+    assert prior.whitening is not None
+    whitening = np.zeros(prior.whitening.shape, np.float32)
+    pca = PCA(min(*rows.shape, len(whitening)), random_state=seed).fit(rows)
     deviations = np.sqrt(pca.explained_variance_)
     varied = int((deviations > FLAT * deviations[0]).sum())
-    if varied < whitened:
+    if varied < len(whitening) and not prior.fewer_directions:
         raise ValueError(
-            f"prior_whitening={whitened}, but the embeddings of the {len(rows)} prompts vary in {varied} directions. "
-            "Give more prompts, or build the adapter with a smaller prior_whitening."
+            f"prior_whitening={len(whitening)}, but the embeddings of the {len(rows)} prompts vary in {varied} "
+            'directions. Give more prompts, or build the adapter with a smaller prior_whitening, or with "auto".'
         )
-    return (pca.components_ / deviations[:, None]).astype(np.float32)
+    whitening[:varied] = pca.components_[:varied] / deviations[:varied, None]
+    return whitening

@@ -72,7 +72,8 @@ def trex_from_lora(
     In the paired layout (the default here) a layer's experts are the largest singular parts of the adapters' weights,
     each measured by its share of its adapter; with as many as the ranks add up to, nothing is missed. In the grid
     layout the adapters share fitted bases A and B. The router starts at zero, so that equal weights make the mean of
-    the adapters (in the grid layout the best matrix of rank one for it).
+    the adapters (in the grid layout the best matrix of rank one for it). With `shared_core=True` the core makes the
+    mean, in both layouts and without a token router too: one LoRA of rank r is exactly reproduced by r x r vectors.
 
     Args:
         model: the base model, without any adapter. It is changed in place, as by `get_peft_model`.
@@ -85,13 +86,14 @@ def trex_from_lora(
         seed: the seed of the clustering.
         progress: show a progress bar.
         config: fields of [`TRexConfig`]. Other than there, `expert_layout` is "paired" by default, with as many
-            experts as the largest sum of the adapters' ranks in a layer; `use_prior` is whether there are prompts; the
-            prior's map is learned; target modules are those of all adapters. `trainable="router"` keeps the experts.
+            experts as the largest sum of the adapters' ranks in a layer; `use_prior` is whether there are prompts or a
+            shared core; the prior's map is learned; target modules are those of all adapters. `trainable="router"`
+            keeps the experts.
 
     Raises:
         ValueError, TypeError: if an adapter cannot be read, is not a plain LoRA of this model, is zero or not finite;
-            for a base model with adapters; for settings that leave no such start (`use_router=False`, `router_top_k`,
-            `prior_map="identity"`); if prompts do not match. The base model is then as before.
+            for a base model with adapters; for settings that leave no such start (`use_router=False` without a shared
+            core, `router_top_k`, `prior_map="identity"`); if prompts do not match. The base model is then as before.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected the base model.")
@@ -136,7 +138,8 @@ def _settings(options: dict[str, Any], loras: list[Lora], with_prompts: bool) ->
     ranks: Counter[str] = Counter()
     for lora in loras:
         ranks.update({name: len(factors.down) for name, factors in lora.factors.items()})
-    values = {"expert_layout": "paired", "target_modules": sorted(ranks), "use_prior": with_prompts, **options}
+    use_prior = with_prompts or bool(options.get("shared_core"))
+    values = {"expert_layout": "paired", "target_modules": sorted(ranks), "use_prior": use_prior, **options}
     if values["expert_layout"] == "paired":
         experts = values.get("r_a", values.get("r_b", max(ranks.values())))
         values = {"r_a": experts, "r_b": experts, **values}
@@ -145,7 +148,8 @@ def _settings(options: dict[str, Any], loras: list[Lora], with_prompts: bool) ->
     tasks = {lora.config.task_type for lora in loras}
     values.setdefault("task_type", tasks.pop() if len(tasks) == 1 else None)
     config = TRexConfig(**values)
-    starts = {"use_router": (True,), "router_top_k": (None,), "init_weights": (True, "zero_router")}
+    starts = {"router_top_k": (None,), "init_weights": (True, "zero_router")}
+    starts["use_router"] = (True, not config.shared_core)
     for name, values_of_start in starts.items():
         if getattr(config, name) not in values_of_start:
             raise ValueError(

@@ -11,6 +11,10 @@ with the scores s adds `(1 - omega) c_prior M s`. What such weights can express 
 - grid: B G^T A for any matrix G between shared bases, which are fitted to all adapters (Tucker-2). But equal weights
   make a matrix of rank one. The bases are turned so that it is the best one for the mean of all adapters, and the
   prior must add everything else.
+
+A shared core adds `(1 - omega) c_prior C`, which together with u makes the mean of all adapters in both layouts; the
+prior adds what a single adapter has more. The experts are scaled so that C starts at its usual size: for one adapter
+it is the usual start itself, half of the identity. The bases of a grid are turned to the singular parts of the mean.
 """
 
 from __future__ import annotations
@@ -21,9 +25,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..config import TRexConfig
 from ..layer import TRexLayer
+from ..parameters import CORE_START
 
 # The ridge of the prior map's regression is this share of the scores' mean square.
 RIDGE = 1e-4
@@ -88,8 +94,13 @@ def _paired_experts(loras: Sequence[Factors], energies: Tensor, unused: Tensor) 
     return Experts(A, B, (torch.arange(experts),) * 2, weights, 1 / adapters, missed)
 
 
-def _grid_experts(loras: Sequence[Factors], energies: Tensor, r_a: int, r_b: int) -> Experts:
-    """Fit shared bases to all adapters, and turn them so that equal weights make the best of rank one for the mean."""
+def _grid_experts(
+    loras: Sequence[Factors], energies: Tensor, r_a: int, r_b: int, shared_core: bool = False
+) -> Experts:
+    """Fit shared bases to all adapters, and turn them so that equal weights make the best of rank one for the mean.
+
+    With a shared core, the identity makes the mean, as far as that is not much weaker than the adapters.
+    """
     left, core_left = torch.linalg.qr(torch.cat([lora.up for lora in loras], 1))
     right, core_right = torch.linalg.qr(torch.cat([lora.down for lora in loras]).T)
     ranks = [len(lora.down) for lora in loras]
@@ -104,10 +115,16 @@ def _grid_experts(loras: Sequence[Factors], energies: Tensor, r_a: int, r_b: int
         R = _leading((L.T @ unit).mT, a)
     C = L.T @ S @ R  # (n, b, a)
     u, s, v = torch.linalg.svd(C.mean(0))
-    turn_left, turn_right = _reflection(u[:, 0]), _reflection(v[0])
-    C = turn_left.T @ C @ turn_right
     typical = C.square().sum((1, 2))[energies > 0].mean().sqrt()
-    equal_weight = float(torch.maximum(s[0], LEAST_MEAN * typical)) / math.sqrt(a * b)
+    if shared_core:
+        least = LEAST_MEAN * typical / math.sqrt(len(s))
+        size_left, size_right = (F.pad(s, (0, size - len(s))).maximum(least).sqrt() for size in (b, a))
+        turn_left, turn_right, equal_weight = u * size_left, v.T * size_right, 1.0
+        C = (u / size_left).T @ C @ (v.T / size_right)
+    else:
+        turn_left, turn_right = _reflection(u[:, 0]), _reflection(v[0])
+        C = turn_left.T @ C @ turn_right
+        equal_weight = float(torch.maximum(s[0], LEAST_MEAN * typical)) / math.sqrt(a * b)
     # B is multiplied by the equal weight later, and with this root A becomes as large as B.
     root = math.sqrt(equal_weight)
     A, B, weights = S.new_zeros(r_a, len(right)), S.new_zeros(len(left), r_b), S.new_zeros(len(S), r_a, r_b)
@@ -143,7 +160,7 @@ def prompt_scores(scores: Sequence[Tensor]) -> PromptScores:
 def start_layer(
     layer: TRexLayer, name: str, config: TRexConfig, loras: Sequence[Factors], scores: PromptScores | None
 ) -> LayerErrors:
-    """Set the experts and the prior's map that the adapter of this name has in a layer, and tell what they miss.
+    """Set the experts, map and core that the adapter of this name has in a layer, and tell what they miss.
 
     With the experts' Gram matrix H, and their inner products h with an adapter's weight dW, the weights g make a
     matrix W with `|dW - W|^2 = |dW|^2 - 2 h g + g H g`. Its mean over the adapter's prompts needs only the mean and
@@ -156,14 +173,19 @@ def start_layer(
     if config.expert_layout == "paired":
         experts = _paired_experts(loras, energies, layer.trex_A[name].double().cpu())
     else:
-        experts = _grid_experts(loras, energies, config.r_a, config.r_b)
-    uniform = HALF * layer.trex_settings[name].token_scale / config.num_experts
-    scale, prior_scale = experts.equal_weight / (HALF * uniform), HALF * config.prior_scale
+        experts = _grid_experts(loras, energies, config.r_a, config.r_b, config.shared_core)
+    uniform = HALF * layer.trex_settings[name].token_scale / config.num_experts if config.use_router else 0.0
+    prior_scale = HALF * config.prior_scale
+    start = torch.full_like(experts.weights[0], uniform)  # (E,), the weights without a prompt
+    scale = experts.equal_weight / (HALF * (uniform + CORE_START * prior_scale if config.shared_core else uniform))
+    weights = experts.weights / (HALF * scale)  # (n, E)
+    if config.shared_core:
+        layer.trex_core[name].copy_((weights.mean(0) - uniform) / prior_scale)
+        start = weights.mean(0)
     B, prior_map = scale * experts.B, torch.zeros(())
     if scores is not None:
-        # The prior has to add what equal weights lack.
-        lacking = experts.weights / (HALF * scale) - uniform  # (n, E)
-        prior_map = lacking.T @ scores.indicators.T / prior_scale
+        # The prior has to add what these weights lack.
+        prior_map = (weights - start).T @ scores.indicators.T / prior_scale
     layer.trex_A[name].copy_(experts.A)
     layer.trex_B[name].copy_(B)
     if name in layer.trex_map:
@@ -173,11 +195,12 @@ def start_layer(
     H = (a @ a.T) * (b.T @ b)
     missed = energies.clone()
     for number, (up, down) in enumerate(loras):
-        mean, square = H.new_full((len(H),), uniform), H.new_full(H.shape, uniform**2)
+        mean, square = start, start[:, None] * start
         if scores is not None:
             more = prior_scale * prior_map @ scores.means[number]
             spread = prior_scale**2 * prior_map @ scores.squares[number] @ prior_map.T
-            mean, square = mean + more, square + uniform * (more[:, None] + more) + spread
+            across = start[:, None] * more
+            mean, square = mean + more, square + across + across.T + spread
         h = ((b.T @ up) * (a @ down.T)).sum(1)
         missed[number] -= 2 * h @ mean
         missed[number] += (H * square).sum()

@@ -5,7 +5,7 @@ Axis legend: B prompts of a batch, d width of the embedding, K clusters, p direc
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,8 @@ class SemanticPrior(nn.Module):
         num_clusters: K.
         dim: d, the embedding's width.
         whitened: p, the number of principal directions that prompts are compared along; None for all of the
-            embedding, as it is.
+            embedding, as it is. "auto" makes p the smaller of K and d; where the training prompts vary in fewer
+            directions, the other rows of the whitening stay zero, so that no shape hangs on the data.
 
     Raises:
         ValueError: if p is more than d.
@@ -40,8 +41,11 @@ class SemanticPrior(nn.Module):
     token_ids: Tensor | None  # (n,), rising
     token_rows: Tensor | None  # (n, d)
 
-    def __init__(self, num_clusters: int, dim: int, whitened: int | None = None) -> None:
+    def __init__(self, num_clusters: int, dim: int, whitened: int | Literal["auto"] | None = None) -> None:
         super().__init__()
+        self.fewer_directions = whitened == "auto"
+        if whitened == "auto":
+            whitened = min(num_clusters, dim)
         if whitened is not None and whitened > dim:
             raise ValueError(f"prior_whitening={whitened} is more than {dim}, the width of the prompts' embeddings.")
         self.register_buffer("centroids", torch.zeros(num_clusters, whitened or dim))

@@ -7,7 +7,7 @@ several), T tokens, K clusters.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,12 +30,14 @@ class ForwardState:
         rows: B.
         lengths: the numbers of tokens that rows have, by which flattened inputs of layers are recognised.
         losses: what the layers add their router losses to, in training.
+        kept: what the layers of a running generate call keep from one token to the next; None outside of one.
     """
 
     scores: Scores
     rows: int
     lengths: tuple[int, ...] = ()
     losses: RouterLosses | None = None
+    kept: dict[Any, Any] | None = None
 
     def for_call(self, rows: int, lengths: tuple[int, ...]) -> ForwardState:
         """The same prompts for a call of `rows` rows: beams and returned sequences stand beside each other."""
@@ -86,6 +88,7 @@ class Generation:
         rows: B.
         cache: what the call's own forwards go on from, once it is known.
         tokens: the number of tokens that its forwards have seen.
+        kept: what its layers keep.
     """
 
     scored: Scored
@@ -93,6 +96,7 @@ class Generation:
     rows: int
     cache: Any = None
     tokens: int = 0
+    kept: dict[Any, Any] = field(default_factory=dict)
 
     def continues(self, inputs: Inputs) -> bool:
         """Whether a forward is part of this call: it goes on from its cache, or repeats its prompt."""
@@ -121,9 +125,9 @@ class Generation:
         """The state of one of its forwards: the scores of the tokens that this is called with."""
         tokens = inputs.tokens
         if all(score is None or score.dim() == 2 for score in self.scored.scores.values()) or tokens is None:
-            return ForwardState(self.scored.scores, self.rows)
+            return ForwardState(self.scored.scores, self.rows, kept=self.kept)
         count = tokens.shape[1]
-        return ForwardState(self._scores(self._start(inputs, count), count), self.rows)
+        return ForwardState(self._scores(self._start(inputs, count), count), self.rows, kept=self.kept)
 
     def _start(self, inputs: Inputs, count: int) -> int:
         """The number of tokens before those of a forward."""
