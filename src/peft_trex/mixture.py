@@ -25,6 +25,7 @@ rank of a reduced router.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -122,9 +123,23 @@ def mixture_of(a: Tensor, logits: Tensor | None, experts: Experts, prior: Tensor
     return F.linear(mixed.to(a.dtype), experts.B)
 
 
+def is_narrow(x: Tensor) -> bool:
+    """Whether products with x are in float16, by its own dtype or by autocast's."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device) == torch.float16
+    return x.dtype == torch.float16
+
+
 def apply_experts(x: Tensor, experts: Experts, prior: Tensor | None, settings: Settings) -> Tensor:
     """The output (..., D_out) of one adapter for x (..., D_in): [`rank_one_mixture`] with its arguments grouped."""
     _check_shapes(x, experts, prior, settings.layout)
+    if is_narrow(x):
+        # Float16 ends at 65504: token_scale times a feature, or a gradient within, may lie beyond where y does not.
+        wide = Experts(*(None if tensor is None else tensor.float() for tensor in experts))
+        available = torch.amp.is_autocast_available(x.device.type)
+        with torch.autocast(x.device.type, enabled=False) if available else nullcontext():
+            return apply_experts(x.float(), wide, prior, settings).to(torch.float16)
     a = F.linear(x, experts.A)
     logits = None if experts.router is None else router_logits(x, experts.router, experts.router_down)
     return mixture_of(a, logits, experts, prior, settings)
@@ -167,7 +182,8 @@ def rank_one_mixture(
             part only. None takes all.
 
     Returns:
-        (..., D_out) in the dtype of the last product. Softmax, weights and mix are computed in float32 or wider.
+        (..., D_out) in the dtype of the last product. Softmax, weights and mix are computed in float32 or wider; in
+        float16, whose range is small, all is.
 
     Raises:
         ValueError: for shapes that do not fit each other, an unknown layout, or neither router nor prior.

@@ -123,6 +123,9 @@ def decode(output: Tensor, x: Tensor, experts: Experts, prior: Tensor | None, se
     """
     A, B, router, router_down, *_ = experts
     assert router is not None
+    if A.dtype == torch.float16:  # whose range is too small for the features and logits of a large input
+        A, B, router = A.float(), B.float(), router.float()
+        router_down = None if router_down is None else router_down.float()
     # One row is a vector, and products with it take half as long.
     alone = x.shape[0] == 1
     multiply = (lambda x, weight: torch.mv(weight, x)) if alone else F.linear
@@ -156,5 +159,5 @@ def decode(output: Tensor, x: Tensor, experts: Experts, prior: Tensor | None, se
     if alone and output.dtype == A.dtype:
         output.view(-1).addmv_(B, m, alpha=scales.larger)
         return output
-    delta = multiply(m, B)
-    return output.add_(delta if delta.dtype == output.dtype else delta.to(output.dtype), alpha=scales.larger)
+    # A delta in another dtype is rounded once, when it has been scaled.
+    return output.add_(multiply(m, B), alpha=scales.larger)

@@ -42,8 +42,8 @@ def save_trex_as_lora(
     """Save an adapter as plain LoRA, which PEFT, vLLM and others load and serve without this package.
 
     The LoRA hold the static weights that [`calibrate_trex_merge`] found, to the rounding of the adapter's dtype; their
-    rank is r_b or less, and lora_alpha equals it. The folder itself is the adapter for all prompts, "overall". It holds
-    no code, and in `SHA256SUMS` the hashes of its files.
+    rank is r_b or less, and lora_alpha equals it. The folder itself is the adapter for all prompts, "overall". It
+    holds no code, and in `SHA256SUMS` the hashes of its files.
 
     Args:
         model: a model with a T-REX adapter.
