@@ -83,6 +83,8 @@ class PromptScorer:
                 "T-REX computes the prior from the prompt's tokens, but got neither input_ids nor inputs_embeds (only "
                 f"{list(inputs.given)}). Pass them, an encoder's own output object, or use prior_encoder='external'."
             )
+        if len(looked_up) == 1:
+            return looked_up[0]
         return torch.cat([piece.to(looked_up[0]) for piece in looked_up], 1)
 
     def look_up(self, embedding: nn.Embedding, ids: Any, prior: SemanticPrior | None = None) -> Tensor:
