@@ -29,7 +29,7 @@ def add_fused(base: Base, x: Tensor, experts: Experts, prior: Tensor | None, set
     autocast = torch.is_autocast_enabled(device)
     if autocast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    # No CPU of today gains by float16, whose range is too small for what lies between the products.
+    # CPUs gain nothing by float16, whose range is too small for what lies between the products.
     slow = device == "cpu" and (dtype == torch.float16 or dtype in SLOW_ON_CPU)
     if slow:
         dtype = torch.float32
@@ -96,8 +96,8 @@ class _Mixture(torch.autograd.Function):
             features = None if experts.router_down is None else products.T
             h = _wide(_with_logits(products, experts, settings))
             kept = mixed = cpu.mix(h, len(experts.A), prior, scales, settings).to(dtype).T
-        left = Factor.of(mixed, dtype)
-        left, right = left.factor, left.matching(up.T)
+        inner = Factor.of(mixed, dtype)
+        left, right = inner.factor, inner.matching(up.T)
         if output is None:
             output = F.linear(tokens, weight, bias).addmm_(left, right)
         elif output.dtype == dtype:

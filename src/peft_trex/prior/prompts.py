@@ -214,6 +214,8 @@ def split_turns(
         prefix: whether an answer begins behind a user's message only.
     """
     shape, device = attended.shape, attended.device
+    if not attended.numel():
+        return Prompts(attended, None, shape[0], attended, None, sequence=sequence, sequences=shape[0])
     numbers = torch.arange(shape[0], device=device)[:, None].expand(shape) if sequence is None else sequence
     numbers, present = numbers.flatten(), attended.flatten()
     anew = F.pad(numbers[1:] != numbers[:-1], (1, 0), value=True)
@@ -309,7 +311,8 @@ def _packed(attended: Tensor, position_ids: Any, masked: bool) -> tuple[Tensor |
     rows, length = attended.shape
     if isinstance(position_ids, Tensor) and position_ids.dim() == 3 and len(position_ids) == 4:
         position_ids = position_ids[0]
-    if not isinstance(position_ids, Tensor) or tuple(position_ids.shape) not in ((rows, length), (1, length)):
+    shapes = ((rows, length), (1, length))
+    if not attended.numel() or not isinstance(position_ids, Tensor) or tuple(position_ids.shape) not in shapes:
         return None, rows
     positions = position_ids.to(attended.device)
     # Beside a mask, the positions of padding may be anything. Without one, a sequence begins wherever transformers

@@ -213,7 +213,7 @@ class PromptScorer:
                     scores[name] = whole * prompts_of(name).answers.to(running.device)[..., None]
             chats = [prompts for markers, prompts in split.items() if markers is not None]
             if chats:
-                begun = torch.stack([prompts.answers[:, -1].all() for prompts in chats]).all()
+                begun = torch.stack([prompts.answers[:, -1:].all() for prompts in chats]).all()
         return Scored(scores, last, begun)
 
     def _prompts(self, inputs: Inputs, content: Content | None, markers: ChatMarkers | None, prefix: bool) -> Prompts:
