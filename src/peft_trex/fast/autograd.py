@@ -30,7 +30,7 @@ def add_fused(base: Base, x: Tensor, experts: Experts, prior: Tensor | None, set
     if autocast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     # CPUs gain nothing by float16, whose range is too small for what lies between the products.
-    slow = device == "cpu" and (dtype == torch.float16 or dtype in SLOW_ON_CPU)
+    slow = not gpu.available(x) and (dtype == torch.float16 or dtype in SLOW_ON_CPU)
     if slow:
         dtype = torch.float32
     if prior is not None and prior.dim() == 3:  # (B or 1, T or 1, E)
