@@ -46,7 +46,7 @@ def test_stock_peft_serves_each_row_with_its_own_adapter(export):
 def test_code_that_lies_in_the_folder_does_not_run(export, tmp_path):
     folder, ran = shutil.copytree(export / "lora", tmp_path / "lora"), tmp_path / "ran"
     (folder / "semantic_router.py").write_text(f"open({str(ran)!r}, 'w').write('ran')\n")
-    with pytest.raises(SystemExit, match=r"semantic_router\.py has been added since the export"):
+    with pytest.raises(SystemExit, match=r"semantic_router\.py has changed since the export"):
         load_router(folder)
     # As in folders of before there were hashes, which brought their own code.
     settings = json.loads((folder / "router.json").read_text())

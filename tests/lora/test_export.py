@@ -32,7 +32,7 @@ from peft_trex.lora import export, semantic_router
 
 CLUSTERS = ["cluster_00", "cluster_01", "cluster_02", "cluster_03"]
 ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
-ROUTER = ["SHA256SUMS", "router.json", "router.safetensors"]
+ROUTER = ["SHA256SUMS", "router.json", "router.safetensors", "semantic_router.py"]
 EVERYTHING = sorted([*ADAPTER, *ROUTER, *CLUSTERS, *(f"{cluster}/{name}" for cluster in CLUSTERS for name in ADAPTER)])
 
 
@@ -603,7 +603,7 @@ def test_the_configuration_comes_last(tmp_path, monkeypatch):
     moved, rename = [], Path.rename
     monkeypatch.setattr(Path, "rename", lambda self, to: moved.append(Path(to).name) or rename(self, to))
     save_trex_as_lora(calibrated(), tmp_path / "out")
-    assert moved[-1] == "adapter_config.json" and len(moved) == 9
+    assert moved[-1] == "adapter_config.json" and len(moved) == 10
 
 
 def test_files_are_written_on_the_same_disk(tmp_path, monkeypatch):

@@ -494,7 +494,7 @@ def flip(name):
             for name in (SAFE, JSON, "adapter_config.json", "cluster_02/adapter_model.safetensors")
         ),
         (cut("cluster_01/adapter_model.safetensors", -1), ValueError, "cluster_01/.* has changed"),
-        (put("semantic_router.py", b"print('ran')"), ValueError, "semantic_router.py has been added since the export"),
+        (put("semantic_router.py", b"print('ran')"), ValueError, "semantic_router.py has changed since the export"),
         (put("cluster_00/adapter_model.bin", b""), ValueError, "cluster_00/adapter_model.bin has been added"),
         (
             lambda folder: (folder / "cluster_03" / "adapter_config.json").unlink(),

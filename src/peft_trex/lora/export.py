@@ -43,15 +43,15 @@ def save_trex_as_lora(
 
     The LoRA hold the static weights that [`calibrate_trex_merge`] found, to the rounding of the adapter's dtype; their
     rank is r_b or less, and lora_alpha equals it. The folder itself is the adapter for all prompts, "overall". It
-    holds no code, and in `SHA256SUMS` the hashes of its files.
+    holds the hashes of its files in `SHA256SUMS`, and nothing in it is ever run.
 
     Args:
         model: a model with a T-REX adapter.
         path: the folder, which must not exist yet, or be empty. The files appear in it when all are written.
         adapter_name: the adapter.
         per_cluster: also save `cluster_00`, `cluster_01`, ..., one adapter for each cluster of prompts, and what
-            chooses between them: `router.json` and `router.safetensors`, for a [`SemanticRouter`]. They hold the
-            adapter's chat markers, so that the router pools the tokens that the model does.
+            chooses between them: `router.json` and `router.safetensors`, for a [`SemanticRouter`], and for readers
+            a copy of its module. They hold the adapter's chat markers, so that the router pools what the model does.
         save_embedding_layers: as in PEFT's `save_pretrained`, with each LoRA; "auto" saves resized ones.
 
     Raises:
@@ -223,3 +223,5 @@ def _save_router(folder: Path, tuner: TRexModel, adapter_name: str, clusters: li
         **chat,
     }
     (folder / semantic_router.ROUTER_JSON).write_text(json.dumps(settings, indent=2) + "\n")
+    # It is there to be read, and says itself that nobody should run a folder's code.
+    shutil.copyfile(semantic_router.__file__, folder / "semantic_router.py")
