@@ -2,8 +2,8 @@
 
     python examples/serve_client.py --export FOLDER --tokenizer NAME_OR_FOLDER [--server HOST:PORT] PROMPT ...
 
-The export folder (of `peft_trex.save_trex_as_lora`) brings its own router. Besides the tokenizer this needs numpy and
-safetensors; no torch, no peft, no peft_trex.
+The export folder is one of `peft_trex.save_trex_as_lora`. Besides the tokenizer this needs numpy, safetensors and the
+files of peft_trex, but not what that depends on, torch and peft: `pip install --no-deps peft-trex` will do.
 """
 
 from __future__ import annotations
@@ -19,13 +19,11 @@ from typing import Any
 
 
 def load_router(export: Path) -> Any:
-    """The SemanticRouter of an exported folder, by the code that lies in it."""
-    code = export / "semantic_router.py"
-    if not code.is_file():
-        raise SystemExit(
-            f"{export} holds no semantic_router.py; expected a folder that "
-            "peft_trex.save_trex_as_lora(model, folder, per_cluster=True) has written."
-        )
+    """The SemanticRouter of an exported folder, by the code that is installed: no folder's code is ever run."""
+    package = importlib.util.find_spec("peft_trex")  # found, not imported: that would import torch and peft
+    if package is None or package.origin is None:
+        raise SystemExit("peft_trex is not installed in this Python: pip install --no-deps peft-trex")
+    code = Path(package.origin).with_name("lora") / "semantic_router.py"
     spec = importlib.util.spec_from_file_location("semantic_router", code)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -25,6 +25,7 @@ rank of a reduced router.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -60,9 +61,48 @@ def num_experts(r_a: int, r_b: int, layout: Layout = "grid") -> int:
     return r_a * r_b if layout == "grid" else r_a
 
 
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """`weight x` (..., r) of x (..., D), in float32 where it would be float16.
+
+    Float16 ends at 65504. token_scale times a feature, or a gradient within the mixture, may lie beyond where the
+    output and its gradients do not.
+    """
+    return _WideProduct.apply(x, weight) if _is_narrow(weight) else F.linear(x, weight)
+
+
+def _is_narrow(weight: Tensor) -> bool:
+    """Whether products with the weight are in float16, by its own dtype or by autocast's."""
+    device = weight.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device) == torch.float16 and weight.dtype != torch.float64
+    return weight.dtype == torch.float16
+
+
+class _WideProduct(torch.autograd.Function):
+    """The product in float32 both ways. Compilers trace the backward pass within the forward's autocast."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        with _no_autocast(x):
+            return F.linear(x.float(), weight.float())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        with _no_autocast(x):
+            rows, tokens = grad.float().reshape(-1, len(weight)), x.float().reshape(-1, x.shape[-1])
+            return (grad.float() @ weight.float()).to(x.dtype), (rows.T @ tokens).to(weight.dtype)
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
 def router_logits(x: Tensor, router: Tensor, router_down: Tensor | None = None) -> Tensor:
     """The token router's logits `R x` (..., E) of an input x (..., D_in)."""
-    return F.linear(x if router_down is None else F.linear(x, router_down), router)
+    return product(x if router_down is None else product(x, router_down), router)
 
 
 def keep_strongest(logits: Tensor, top_k: int, dim: int = -1) -> Tensor:
@@ -119,15 +159,16 @@ def mixture_of(a: Tensor, logits: Tensor | None, experts: Experts, prior: Tensor
     # The gate is a scalar, and r_b features are fewer than D_out outputs.
     if experts.gate is not None:
         mixed = torch.sigmoid(settings.temperature * experts.gate.to(mixed.dtype)) * mixed
-    return F.linear(mixed.to(a.dtype), experts.B)
+    return product(mixed.to(a.dtype), experts.B)
 
 
 def apply_experts(x: Tensor, experts: Experts, prior: Tensor | None, settings: Settings) -> Tensor:
     """The output (..., D_out) of one adapter for x (..., D_in): [`rank_one_mixture`] with its arguments grouped."""
     _check_shapes(x, experts, prior, settings.layout)
-    a = F.linear(x, experts.A)
+    a = product(x, experts.A)
     logits = None if experts.router is None else router_logits(x, experts.router, experts.router_down)
-    return mixture_of(a, logits, experts, prior, settings)
+    y = mixture_of(a, logits, experts, prior, settings)
+    return y.to(torch.float16) if _is_narrow(experts.B) else y
 
 
 def rank_one_mixture(
@@ -167,7 +208,8 @@ def rank_one_mixture(
             part only. None takes all.
 
     Returns:
-        (..., D_out) in the dtype of the last product. Softmax, weights and mix are computed in float32 or wider.
+        (..., D_out) in the dtype of the last product. Softmax, weights and mix are computed in float32 or wider; in
+        float16, whose range is small, all is.
 
     Raises:
         ValueError: for shapes that do not fit each other, an unknown layout, or neither router nor prior.

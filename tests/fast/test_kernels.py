@@ -117,8 +117,8 @@ def reference(h, du, prior, omega_logit, gate_logit, size, dtype, scales=SCALES)
     if prior is not None:
         known = prior.to(dtype).repeat_interleave(h.shape[0] // max(1, prior.shape[0]), dim=0)
         G = G + (1 - omega) * scales["prior_scale"] * known
-    u = (gate * mix_features(h[:, :r_a], G, layout)).to(h.dtype)
-    found = torch.autograd.grad(u, [leaf for leaf in leaves if leaf is not None], du)
+    u = (gate * mix_features(h[:, :r_a], G, layout)).to(torch.float32 if h.dtype == torch.float16 else h.dtype)
+    found = torch.autograd.grad(u, [leaf for leaf in leaves if leaf is not None], du.to(u.dtype))
     return u.detach(), u.detach(), *found, *[None] * (prior is None)
 
 
@@ -152,7 +152,8 @@ def check(call, size, case, scales=SCALES):
         if exact_one is None:
             assert found[name] is None
             continue
-        assert found[name].dtype == (case["h"].dtype if name in NAMES[:3] else torch.float32)
+        wide = case["h"].dtype == torch.float16 or name not in NAMES[:3]
+        assert found[name].dtype == (torch.float32 if wide else case["h"].dtype)
         scale = exact_one.abs().max()
         if "logit" in name:
             scale, exact_one = exact_one.abs().sum(), exact_one.sum(0)
@@ -309,6 +310,51 @@ def test_the_fast_path_with_them_is_the_one_without(call, base, size, top_k, pri
         tolerance = (0.1 if "logit" in name else 0.02) if autocast else 1e-5
         size_of_it = max(1, other.abs().max().item())
         torch.testing.assert_close(one, other, rtol=0, atol=tolerance * size_of_it, check_dtype=False, msg=name)
+
+
+@needs_triton
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("rank", [None, 6])
+@pytest.mark.parametrize(("token_scale", "prior_scale"), [(32.0, 4.0), (512.0, 4.0), (32.0, 3e3)])
+@pytest.mark.parametrize("base", ["output", "layer"])
+def test_features_beyond_float16_do_not_overflow(call, base, token_scale, prior_scale, rank, autocast):
+    """The features a, as LoRA's, fit in float16, and so do the output and x's gradient; what is between does not."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    tensors = {
+        "base": normal(*((16, 20) if base == "layer" else (3, 7, 20))) * 1e-3,
+        "x": normal(3, 7, 16) * 5e3,
+        "A": normal(4, 16) / 3,
+        "B": normal(20, 8) * (1e-3 if prior_scale < 100 else 1e-4),
+        "router": normal(32, rank or 16) * 1e-4,
+        "prior": normal(3, 32).clamp(-1, 1),
+        "omega_logit": torch.tensor([0.001]),
+        "gate_logit": torch.tensor([0.02]),
+    }
+    tensors |= {"router_down": normal(rank, 16) / 8} if rank else {}
+    assert (tensors["x"] @ tensors["A"].T).abs().max() < 6e4
+    tensors = {name: tensor if autocast else tensor.half() for name, tensor in tensors.items()}
+    mix_settings, outgoing = Settings(token_scale, prior_scale, 100.0), normal(3, 7, 20)
+
+    def exact(outgoing):
+        leaves = {name: tensor.double().requires_grad_() for name, tensor in tensors.items()}
+        output = with_base(leaves, mix_settings)
+        return output, *torch.autograd.grad(output, list(leaves.values()), outgoing.double())
+
+    names = ["output", *(name for name in tensors if not (name == "base" and base == "layer"))]
+    sizes = {name: tensor.abs().max() for name, tensor in zip(names, exact(outgoing), strict=True)}
+    largest, limit = sizes["x"], torch.finfo(torch.float16).max
+    assert sizes["output"] < limit
+    outgoing = (outgoing * min(1.0, 3e4 / largest.item())).half()
+    *found, _ = call(fast_path, tensors, outgoing, autocast, mix_settings)
+    for name, one, other in zip(names, found, exact(outgoing), strict=True):
+        if name in ("output", "x") or other.abs().max() < limit / 10:
+            assert one.isfinite().all(), name
+            error, smallest = (one.double() - other).norm(), 2.0**-24 * other.numel() ** 0.5
+            assert error <= 0.02 * other.norm() + smallest or "logit" in name, name
 
 
 def mix_far_apart(h, du, *routing, stride):

@@ -43,6 +43,20 @@ def test_stock_peft_serves_each_row_with_its_own_adapter(export):
     assert until_end([4, 5, 2, 7], {2}) == [4, 5, 2] and until_end([4, 5], {2}) == [4, 5]
 
 
+def test_code_that_lies_in_the_folder_does_not_run(export, tmp_path):
+    folder, ran = shutil.copytree(export / "lora", tmp_path / "lora"), tmp_path / "ran"
+    (folder / "semantic_router.py").write_text(f"open({str(ran)!r}, 'w').write('ran')\n")
+    with pytest.raises(SystemExit, match=r"semantic_router\.py has changed since the export"):
+        load_router(folder)
+    # As in folders of before there were hashes, which brought their own code.
+    settings = json.loads((folder / "router.json").read_text())
+    del settings["hashes"]
+    (folder / "router.json").write_text(json.dumps(settings))
+    (folder / "SHA256SUMS").unlink()
+    assert load_router(folder).clusters == load_router(export / "lora").clusters
+    assert not ran.exists()
+
+
 @pytest.fixture
 def server():
     """Answers a request for a completion with the prompt backwards, and knows one adapter."""
@@ -79,8 +93,7 @@ def test_the_client_asks_for_all_at_once_and_keeps_their_order(server):
     [
         ("vllm", "There is no Python .*make serve"),
         ("router.json", "holds no router.json.*save_trex_as_lora"),
-        ("semantic_router.py", "holds no semantic_router.py"),
-        ("cluster_01/adapter_model.safetensors", "is missing, which router.json lists as a part of adapter"),
+        ("cluster_01/adapter_model.safetensors", "no .*cluster_01/adapter_model.safetensors .*SHA256SUMS lists"),
     ],
 )
 def test_what_is_missing_is_named_before_anything_starts(tmp_path, monkeypatch, export, missing, words):

@@ -1,9 +1,9 @@
 """Adapters that leave as plain LoRA: what stock PEFT makes of the folder, what is in it, and when there is none."""
 
 import copy
+import hashlib
 import json
 import os
-import shutil
 import stat
 import subprocess
 import sys
@@ -32,7 +32,7 @@ from peft_trex.lora import export, semantic_router
 
 CLUSTERS = ["cluster_00", "cluster_01", "cluster_02", "cluster_03"]
 ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
-ROUTER = ["router.json", "router.safetensors", "semantic_router.py"]
+ROUTER = ["SHA256SUMS", "router.json", "router.safetensors", "semantic_router.py"]
 EVERYTHING = sorted([*ADAPTER, *ROUTER, *CLUSTERS, *(f"{cluster}/{name}" for cluster in CLUSTERS for name in ADAPTER)])
 
 
@@ -179,10 +179,9 @@ def test_layers_of_different_rank_are_filled_up(tmp_path):
     assert close(load(Narrow(), tmp_path / "out")(x), expected) and not close(Narrow()(x), expected, share=1e-2)
 
 
-# Runs where peft_trex cannot be imported: the folder is all there is.
+# Runs where peft_trex cannot be imported: the folder is all there is, and a copy of the router's code.
 STOCK = """
 import importlib.util, json, sys
-sys.dont_write_bytecode = True  # or else it leaves something in the folder
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):
@@ -194,8 +193,8 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-base, folder, work = sys.argv[1:]
-spec = importlib.util.spec_from_file_location("semantic_router", folder + "/semantic_router.py")
+base, folder, work, code = sys.argv[1:]
+spec = importlib.util.spec_from_file_location("semantic_router", code)
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 router = module.SemanticRouter.from_pretrained(folder)
@@ -224,6 +223,7 @@ def test_a_program_without_this_package_serves_the_folder(tmp_path, llama, folde
     ids = prompts(12, seed=11)
     save_file({"ids": ids}, work / "ids.safetensors")
     command = [sys.executable, "-I", "-c", STOCK, str(work / "base"), str(folder), str(work)]
+    command.append(semantic_router.__file__)
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=work)
     assert result.returncode == 0, result.stderr
     names, logits = json.loads(result.stdout.splitlines()[-1]), load_file(work / "logits.safetensors")
@@ -250,7 +250,9 @@ def test_a_program_without_this_package_serves_the_folder(tmp_path, llama, folde
 def test_what_lies_in_the_folder(llama, folder):
     assert files(folder) == EVERYTHING
     assert os.listdir(folder.parent) == ["out"]
-    assert (folder / "semantic_router.py").read_bytes() == Path(semantic_router.__file__).read_bytes()
+    lines = [line.split("  ") for line in (folder / "SHA256SUMS").read_text().splitlines()]
+    assert [name for _, name in lines] == [name for name in EVERYTHING if name not in ("SHA256SUMS", *CLUSTERS)]
+    assert all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest for digest, name in lines)
     assert SemanticRouter.from_pretrained(folder).adapters == {
         "overall": folder,
         **{name: folder / name for name in CLUSTERS},
@@ -262,6 +264,7 @@ def test_what_lies_in_the_folder(llama, folder):
         "default": "overall",
         "adapters": {"overall": ".", **{name: name for name in CLUSTERS}},
         "clusters": CLUSTERS,
+        "hashes": "SHA256SUMS",
     }
     prior, tensors = llama.base_model.prior_of("default"), load_file(folder / "router.safetensors")
     assert {name: tensor.dtype for name, tensor in tensors.items()} == dict.fromkeys(
@@ -373,12 +376,12 @@ def test_one_adapter_without_a_calibration(tmp_path):
         warnings.simplefilter("ignore")  # that it is approximate
         save_trex_as_lora(model, tmp_path / "out", per_cluster=False)
         model.merge_adapter()
-    assert files(tmp_path / "out") == ADAPTER
+    assert files(tmp_path / "out") == ["SHA256SUMS", *ADAPTER]
     assert close(run(load(make_llama(), tmp_path / "out")), run(model))
     model.unmerge_adapter()
     with pytest.raises(ValueError, match="no static weights for each cluster"):
         save_trex_as_lora(calibrate(model, per_cluster=False), tmp_path / "other")
-    assert files(tmp_path) == ["out", *(f"out/{name}" for name in ADAPTER)]
+    assert files(tmp_path) == ["out", *(f"out/{name}" for name in ("SHA256SUMS", *ADAPTER))]
     save_trex_as_lora(model, tmp_path / "other", per_cluster=False)
     assert close(run(load(make_llama(), tmp_path / "other")), run(with_static_weights(make_llama(), model)))
 
@@ -450,11 +453,9 @@ def test_forms_of_a_path(tmp_path, monkeypatch, llama, form):
 
 @pytest.mark.parametrize("there", [False, True])
 @pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize(("function", "calls"), [("save_file", 2), ("save_file", 6), ("shutil.copyfile", 1)])
+@pytest.mark.parametrize(("function", "calls"), [("save_file", 2), ("save_file", 6), ("_save_router", 1)])
 def test_a_failure_in_the_middle_leaves_nothing(tmp_path, monkeypatch, llama, there, error, function, calls):
-    owner = export if function == "save_file" else shutil
-    name, counted = function.rpartition(".")[2], []
-    original = getattr(owner, name)
+    original, counted = getattr(export, function), []
 
     def failing(*args, **kwargs):
         counted.append(args)
@@ -462,7 +463,7 @@ def test_a_failure_in_the_middle_leaves_nothing(tmp_path, monkeypatch, llama, th
             raise error
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(owner, name, failing)
+    monkeypatch.setattr(export, function, failing)
     if there:
         (tmp_path / "out").mkdir()
     with pytest.raises(type(error)):
@@ -602,7 +603,7 @@ def test_the_configuration_comes_last(tmp_path, monkeypatch):
     moved, rename = [], Path.rename
     monkeypatch.setattr(Path, "rename", lambda self, to: moved.append(Path(to).name) or rename(self, to))
     save_trex_as_lora(calibrated(), tmp_path / "out")
-    assert moved[-1] == "adapter_config.json" and len(moved) == 9
+    assert moved[-1] == "adapter_config.json" and len(moved) == 10
 
 
 def test_files_are_written_on_the_same_disk(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
 
 from peft_trex import calibrate_trex_merge, initialize_trex_prior, save_trex_as_lora
+from peft_trex.lora import semantic_router
 from peft_trex.lora.semantic_router import Route, SemanticRouter
 from peft_trex.prior.inputs import Inputs
 
@@ -366,7 +367,7 @@ JSON, SAFE = "router.json", "router.safetensors"
         ),
         (put(JSON, b"{}" + b" " * 2**24), ValueError, "router.json is damaged .too large"),
         *(
-            (described_by(version=wrong), ValueError, f"version {told}; expected version 1 or 2, .* the copy of")
+            (described_by(version=wrong), ValueError, f"version {told}; expected version 1 or 2, .* a newer peft-trex")
             for wrong, told in ((3, "3"), (True, "True"), ("1", "'1'"), ("gone", "None"))
         ),
         (described_by(prior_scope="all"), ValueError, r"prior_scope='all'; expected one of \('prompt', 'answer'\)"),
@@ -462,16 +463,96 @@ def test_folders_with_markers(tmp_path, encoder, markers):
             SemanticRouter.from_pretrained(folder)
 
 
-# Runs where there is neither torch nor PEFT, on any Python: the file that lies in the folder, loaded by its path.
+def unhashed(folder):
+    """An export as it was before there were hashes, which may be changed."""
+    (folder / "SHA256SUMS").unlink()
+    described_by(hashes="gone")(folder)
+    return folder
+
+
+def hidden(folder):
+    """What git, the hub and its client leave beside the files."""
+    (folder / ".cache" / "huggingface").mkdir(parents=True)
+    (folder / ".cache" / "huggingface" / "README.txt").write_text("kept")
+    (folder / ".gitattributes").write_text("* -text")
+    (folder / "README.md").write_text("# A card")
+
+
+@pytest.fixture(scope="module")
+def hashed(tmp_path_factory):
+    return export(adapted(), tmp_path_factory.mktemp("hashed") / "out")
+
+
+def flip(name):
+    def change(folder):
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / name).write_bytes(content)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        *(
+            (flip(name), ValueError, f"{name} has changed since the export; expected the files that SHA256SUMS lists")
+            for name in (SAFE, JSON, "adapter_config.json", "cluster_02/adapter_model.safetensors")
+        ),
+        (cut("cluster_01/adapter_model.safetensors", -1), ValueError, "cluster_01/.* has changed"),
+        (put("semantic_router.py", b"print('ran')"), ValueError, "semantic_router.py has changed since the export"),
+        (put("cluster_00/adapter_model.bin", b""), ValueError, "cluster_00/adapter_model.bin has been added"),
+        (
+            lambda folder: (folder / "cluster_03" / "adapter_config.json").unlink(),
+            FileNotFoundError,
+            "no .*cluster_03/",
+        ),
+        (lambda folder: shutil.rmtree(folder / "cluster_03"), FileNotFoundError, "cluster_03.*give adapters=False"),
+        (lambda folder: (folder / "SHA256SUMS").unlink(), ValueError, "expected the file SHA256SUMS beside it"),
+        (put("SHA256SUMS", b"\xff"), ValueError, "SHA256SUMS is damaged"),
+        (put("SHA256SUMS", b"0 one space"), ValueError, "SHA256SUMS is damaged"),
+        (put("SHA256SUMS", b""), ValueError, "has been added since the export"),
+    ],
+)
+def test_a_changed_missing_or_added_file_is_named(tmp_path, hashed, change, error, message):
+    folder = shutil.copytree(hashed, tmp_path / "out")
+    hidden(folder)
+    SemanticRouter.from_pretrained(folder)
+    change(folder)
+    with pytest.raises(error, match=message) as caught:
+        SemanticRouter.from_pretrained(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_the_adapters_may_lie_elsewhere(tmp_path, hashed):
+    for name in (JSON, SAFE, "SHA256SUMS"):
+        shutil.copy(hashed / name, tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json here, which SHA256SUMS lists"):
+        SemanticRouter.from_pretrained(tmp_path)
+    router = SemanticRouter.from_pretrained(tmp_path, adapters=False)
+    assert router.adapters["cluster_01"] == tmp_path / "cluster_01"
+    flip(SAFE)(tmp_path)
+    with pytest.raises(ValueError, match=f"{SAFE} has changed"):
+        SemanticRouter.from_pretrained(tmp_path, adapters=False)
+
+
+def test_a_folder_without_hashes_is_read_as_ever(tmp_path, hashed):
+    folder = unhashed(shutil.copytree(hashed, tmp_path / "out"))
+    (folder / "added").write_text("later")
+    router, prompts = SemanticRouter.from_pretrained(folder), random_prompts(40)
+    assert router.adapter_names(prompts) == SemanticRouter.from_pretrained(hashed).adapter_names(prompts)
+
+
+# Runs where there is neither torch nor PEFT, on any Python: the file of the package, loaded by its path.
 LONE = """
 import importlib.util, json, sys
 from pathlib import Path
-folder = Path(sys.argv[1])
-spec = importlib.util.spec_from_file_location("semantic_router", folder / "semantic_router.py")
+code, folder, asked = map(Path, sys.argv[1:])
+spec = importlib.util.spec_from_file_location("semantic_router", code)
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 router = module.SemanticRouter.from_pretrained(folder)
-prompts = json.loads((folder / "prompts.json").read_text())
+prompts = json.loads(asked.read_text())
 routes = [router.route(ids) for ids in prompts]
 assert router.adapter_names(prompts) == [route.adapter for route in routes]
 for wrong in ("text", [1.5], [-1], [[1]], [[1], [2, 3]]):
@@ -485,7 +566,7 @@ for wrong in ("text", [1.5], [-1], [[1]], [[1], [2, 3]]):
 try:
     module.SemanticRouter.from_pretrained(folder)
 except ValueError as error:
-    assert "is damaged" in str(error)
+    assert ("has changed" if (folder / "SHA256SUMS").exists() else "is damaged") in str(error)
 else:
     raise AssertionError("a file that was cut short was read")
 loaded = sorted({"torch", "peft", "transformers", "peft_trex"} & set(sys.modules))
@@ -502,11 +583,12 @@ def run_lone_file(python, folder, model, chat):
     if chat:
         # The same prompts as a chat's last messages; no message holds a marker as long as these.
         before, after, header = [1, 2, 3], [5, 4, 3], [0]
-        chatting(chat_markers={"before": before, "after": after, "assistant": header})(folder)
+        chatting(chat_markers={"before": before, "after": after, "assistant": header})(unhashed(folder))
         former = [7, 8, *before, 9, *after, *header, 10]
         prompts = [[*former, *before, *ids, *after, *header] for ids in prompts]
-    (folder / "prompts.json").write_text(json.dumps(prompts))
-    command = [str(python), "-c", LONE, str(folder)]
+    asked = folder.with_name("prompts.json")
+    asked.write_text(json.dumps(prompts))
+    command = [str(python), "-c", LONE, semantic_router.__file__, str(folder), str(asked)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
     assert result.returncode == 0, result.stderr
     told = json.loads(result.stdout)

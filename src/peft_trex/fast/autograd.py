@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ..mixture import Experts, Settings, keep_strongest
 from . import core, cpu, gpu
 from .base import SHORT, Base
+from .half import Factor
 
 # CPUs without AVX-512 have no products in half precision, and PyTorch's substitutes take up to ten times as long.
 SLOW_ON_CPU = SHORT if torch.backends.cpu.get_cpu_capability() == "AVX2" else set()
@@ -29,7 +30,8 @@ def add_fused(base: Base, x: Tensor, experts: Experts, prior: Tensor | None, set
     autocast = torch.is_autocast_enabled(device)
     if autocast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    slow = device == "cpu" and dtype in SLOW_ON_CPU
+    # CPUs gain nothing by float16, whose range is too small for what lies between the products.
+    slow = not gpu.available(x) and (dtype == torch.float16 or dtype in SLOW_ON_CPU)
     if slow:
         dtype = torch.float32
     if prior is not None and prior.dim() == 3:  # (B or 1, T or 1, E)
@@ -99,12 +101,14 @@ class _Mixture(torch.autograd.Function):
             features = None if experts.router_down is None else products.T
             h = _wide(_with_logits(products, experts, settings))
             kept = mixed = cpu.mix(h, len(experts.A), prior, scales, settings).to(dtype).T
+        inner = Factor.of(mixed, dtype)
+        left, right = inner.factor, inner.matching(up.T)
         if output is None:
-            output = F.linear(tokens, weight, bias).addmm_(mixed, up.T)
+            output = F.linear(tokens, weight, bias).addmm_(left, right)
         elif output.dtype == dtype:
-            output = torch.addmm(output, mixed, up.T)
+            output = torch.addmm(output, left, right)
         else:
-            output = output + (mixed @ up.T).to(output.dtype)
+            output = output + (left @ right).to(output.dtype)
         if ctx is not None:
             ctx.settings, ctx.dtype, ctx.scales = settings, dtype, scales
             # To stack again costs little, to cast again does not.
@@ -149,17 +153,20 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     d_up = None
     if experts.router_down is not None:
         d_logits = d_h[:, r_a:]
-        d_up = d_logits.T @ features[:, r_a:]
-        d_h = torch.cat((d_h[:, :r_a], d_logits @ experts.router.to(dtype)), -1)  # type: ignore[union-attr]
-    d_A, d_lower = (d_h.T @ tokens).tensor_split((r_a,))
+        d_up = d_logits.T @ features[:, r_a:].to(d_h.dtype)
+        d_h = torch.cat((d_h[:, :r_a], d_logits @ experts.router.to(d_h.dtype)), -1)  # type: ignore[union-attr]
+    outer = Factor.of(d_h, dtype)
+    d_A, d_lower = outer.summed_with(tokens).tensor_split((r_a,))
     d_router, d_router_down = (d_lower, None) if d_up is None else (d_up, d_lower)
     d_router = None if experts.router is None else d_router
     d_x = None
     if needs_x:
-        d_x = d_h @ down if weight is None else (outgoing @ weight).addmm_(d_h, down)
+        left, right = outer.factor, outer.matching(down)
+        d_x = left @ right if weight is None else (outgoing @ weight).addmm_(left, right)
         d_x = d_x.view(x.shape)
     d_output = grad if weight is None else None
-    d_experts = Experts(d_A, (mixed.T @ outgoing).T, d_router, d_router_down, d_omega, d_gate)
+    d_B = Factor.of(mixed, dtype).summed_with(outgoing).T
+    d_experts = Experts(d_A, d_B, d_router, d_router_down, d_omega, d_gate)
     # Autograd casts the gradients to the dtypes of what they belong to.
     return d_output, None, None, d_x, d_prior, None, None, *d_experts
 

@@ -123,6 +123,11 @@ def decode(output: Tensor, x: Tensor, experts: Experts, prior: Tensor | None, se
     few: even a cast to the same dtype is left out.
     """
     A, B, router, router_down, *_ = experts
+    # The range of float16 is too small for the features and logits of a large input.
+    if A.dtype == torch.float16:
+        A, B = A.float(), B.float()
+        router = None if router is None else router.float()
+        router_down = None if router_down is None else router_down.float()
     # One row is a vector, and products with it take half as long.
     alone = x.shape[0] == 1
     multiply = (lambda x, weight: torch.mv(weight, x)) if alone else F.linear
@@ -164,5 +169,5 @@ def decode(output: Tensor, x: Tensor, experts: Experts, prior: Tensor | None, se
     if alone and output.dtype == A.dtype:
         output.view(-1).addmv_(B, m, alpha=scale)
         return output
-    delta = multiply(m, B)
-    return output.add_(delta if delta.dtype == output.dtype else delta.to(output.dtype), alpha=scale)
+    # A delta in another dtype is rounded once, when it has been scaled.
+    return output.add_(multiply(m, B), alpha=scale)

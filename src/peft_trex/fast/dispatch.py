@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ..mixture import Experts, Settings, apply_experts, mixture_of
+from ..mixture import Experts, Settings, apply_experts, mixture_of, product
 from . import gpu
 from .autograd import add_fused, stack, without_autocast
 from .base import Base
@@ -53,12 +52,12 @@ def add_mixture(
 
 def add_stacked(output: Tensor, x: Tensor, experts: Experts, prior: Tensor | None, settings: Settings) -> Tensor:
     """The formula for compilers and for devices without a fast path: one product with [A; R] reads x once."""
-    a, z = F.linear(x, stack(experts)).tensor_split((experts.A.shape[0],), -1)
+    a, z = product(x, stack(experts)).tensor_split((experts.A.shape[0],), -1)
     logits: Tensor | None = z
     if experts.router is None:
         logits = None
     elif experts.router_down is not None:
-        logits = F.linear(z, experts.router)
+        logits = product(z, experts.router)
     return output + mixture_of(a, logits, experts, prior, settings).to(output.dtype)
 
 

@@ -102,7 +102,7 @@ def _mix(  # type: ignore[no-untyped-def]
 
 
 def mix(h: Tensor, prior: Tensor | None, experts: Experts, settings: Settings) -> Tensor:
-    """The mixed features `u = gate * (a G)`, (N, r_b) in h's dtype, computed in float32.
+    """The mixed features `u = gate * (a G)`, (N, r_b), in bfloat16 as h or in float32: float16 may be too narrow.
 
     Args:
         h: (N, r_a + E), `A x` and then `R x`, in float32, float16 or bfloat16; may be a slice of wider rows.
@@ -110,7 +110,7 @@ def mix(h: Tensor, prior: Tensor | None, experts: Experts, settings: Settings) -
         experts: omega, gate and the sizes of A and B are read; both logits are on the device of `h`.
         settings: of the mixture; the logits in `h` say already which experts are left by top_k.
     """
-    u = h.new_empty(len(h), experts.B.shape[1])
+    u = h.new_empty(len(h), experts.B.shape[1], dtype=_wide_enough(h))
     _launch(h, prior, experts, settings, u, None, None, None, None)
     return u
 
@@ -121,14 +121,14 @@ def mix_backward(
     """Gradients of [`mix`] from its arguments and `du` (N, r_b); everything between them is computed again.
 
     Returns:
-        u: (N, r_b), in h's dtype: the gradient of B needs it.
-        dh: (N, r_a + E), in h's dtype, contiguous.
+        u: (N, r_b), as from [`mix`]: the gradient of B needs it.
+        dh: (N, r_a + E), in the dtype of u, contiguous.
         d_omega, d_gate: one element each, float32.
         d_prior: (P, E), float32, which needs (N, E) numbers for a moment; None without a prior or `needs_prior`.
     """
     r_a, d_prior = len(experts.A), None
     block = _shape(h, r_a, settings.layout)["BLOCK"]
-    u, dh = h.new_empty(du.shape), h.new_empty(h.shape)
+    u, dh = (h.new_empty(shape, dtype=_wide_enough(h)) for shape in (du.shape, h.shape))
     d_logits = h.new_empty(2, -(-len(h) // block), dtype=torch.float32)
     if prior is not None and needs_prior:
         d_prior = h.new_empty(len(h), h.shape[1] - r_a, dtype=torch.float32)
@@ -154,6 +154,10 @@ def _launch(h: Tensor, prior: Tensor | None, experts: Experts, settings: Setting
             **shape,
             num_warps=WARPS,
         )
+
+
+def _wide_enough(h: Tensor) -> torch.dtype:
+    return torch.float32 if h.dtype == torch.float16 else h.dtype
 
 
 def _tokens_per_prior(h: Tensor, prior: Tensor | None) -> int:

@@ -49,15 +49,16 @@ def save_trex_as_lora(
     """Save an adapter as plain LoRA, which PEFT, vLLM and others load and serve without this package.
 
     The LoRA hold the static weights that [`calibrate_trex_merge`] found, to the rounding of the adapter's dtype; their
-    rank is r_b or less, and lora_alpha equals it. The folder itself is the adapter for all prompts, "overall".
+    rank is r_b or less, and lora_alpha equals it. The folder itself is the adapter for all prompts, "overall". It
+    holds the hashes of its files in `SHA256SUMS`, and nothing in it is ever run.
 
     Args:
         model: a model with a T-REX adapter.
         path: the folder, which must not exist yet, or be empty. The files appear in it when all are written.
         adapter_name: the adapter.
         per_cluster: also save `cluster_00`, `cluster_01`, ..., one adapter for each cluster of prompts, and what
-            chooses between them: `router.json`, `router.safetensors`, and a copy of the module of [`SemanticRouter`].
-            They hold the adapter's chat markers, so that the router pools the tokens that the model does.
+            chooses between them: `router.json` and `router.safetensors`, for a [`SemanticRouter`], and for readers
+            a copy of its module. They hold the adapter's chat markers, so that the router pools what the model does.
         save_embedding_layers: as in PEFT's `save_pretrained`, with each LoRA; "auto" saves resized ones.
 
     Raises:
@@ -96,6 +97,9 @@ def save_trex_as_lora(
             save_file({**tensors, **trained}, folder / name / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         if per_cluster:
             _save_router(folder, tuner, adapter_name, clusters)
+        written = semantic_router.hashes_of(folder, semantic_router.exported_files(folder))
+        lines = [f"{digest}  {name}\n" for name, digest in written.items()]
+        (folder / semantic_router.HASHES).write_text("".join(lines), encoding="utf-8")
 
 
 def _check_exportable(tuner: TRexModel, adapter_name: str, per_cluster: bool) -> None:
@@ -268,7 +272,9 @@ def _save_router(folder: Path, tuner: TRexModel, adapter_name: str, clusters: li
         "default": OVERALL,
         "adapters": {OVERALL: ".", **{name: name for name in clusters}},
         "clusters": clusters,
+        "hashes": semantic_router.HASHES,
         **chat,
     }
     (folder / semantic_router.ROUTER_JSON).write_text(json.dumps(settings, indent=2) + "\n")
+    # It is there to be read, and says itself that nobody should run a folder's code.
     shutil.copyfile(semantic_router.__file__, folder / "semantic_router.py")

@@ -1,22 +1,19 @@
 """Choose the plain LoRA adapter of an exported folder that a prompt goes to.
 
-This file needs NumPy and safetensors only, and nothing of this package; it runs on Python 3.8 and later. A copy lies
-in each exported folder:
-
-    router = SemanticRouter.from_pretrained("the folder")
-    router.route(tokenizer(prompt)["input_ids"]).adapter
+This file needs NumPy and safetensors only, and nothing of this package; it runs on Python 3.8 and later. So a client
+loads it by its path, or has a copy. Never run code from an exported folder: anybody may have changed that.
 
 The prompt is the text that the model gets, written by the chat template where the adapter was trained with one.
-
 Axis legend: T tokens of a prompt, V vocabulary, d width of the embedding, K clusters.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 # A folder with chat markers has the higher version, because code that knows only the lower one would leave them out.
 VERSION, VERSION_WITH_MARKERS = 1, 2
 MARKERS, MERGED = ("before", "after", "assistant"), ("before_merged", "after_merged")
-ROUTER_JSON, ROUTER_TENSORS = "router.json", "router.safetensors"
+ROUTER_JSON, ROUTER_TENSORS, HASHES = "router.json", "router.safetensors", "SHA256SUMS"
 # An export of ten thousand clusters has less than this, and ten lists and objects.
 MOST_BYTES, MOST_BRACKETS = 16 << 20, 100
 EXPORT = "Export the folder again with peft_trex.save_trex_as_lora"
@@ -53,13 +50,12 @@ class SemanticRouter:
     has no cluster, and goes to the default adapter.
 
     Attributes:
-        adapters: the adapters' names, and their folders as absolute paths. The router does not read these folders.
+        adapters: the adapters' names, and their folders as absolute paths.
         default: the name of the adapter for prompts without a cluster.
         clusters: the names of the clusters' adapters, K of them.
         chat_markers: the token ids that stand "before" and "after" a user's message, and then before the "assistant"'s
             answer; None without any.
-        prior_scope: the tokens that the T-REX adapter's prior acted on, "prompt" or "answer". Routes do not depend on
-            it.
+        prior_scope: "prompt" or "answer", the tokens that the adapter's prior acted on; routes do not depend on it.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
@@ -78,17 +74,22 @@ class SemanticRouter:
         self._rounding = float(4 * np.finfo(np.float32).eps * np.linalg.norm(mean))
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> SemanticRouter:
+    def from_pretrained(cls, folder: str | os.PathLike[str], *, adapters: bool = True) -> SemanticRouter:
         """Read `router.json` and `router.safetensors` from a folder on this machine.
+
+        The hashes of all files are checked, where there are some: they tell of damage, not of somebody who changed
+        both. With `adapters=False` the adapters may lie elsewhere, and only the router's two files are checked.
 
         Raises:
             FileNotFoundError: if the folder or a file is not there.
-            ValueError: if a file is damaged, of another version, or what they hold does not fit together.
+            ValueError: if a file is damaged, changed, added or of another version, or what they hold does not fit.
         """
         root = Path(os.path.abspath(folder))
         for path in (root, root / ROUTER_JSON, root / ROUTER_TENSORS):
             if not path.exists():
                 raise FileNotFoundError(f"There is no {path} on this machine. {EXPORT}, per_cluster=True.")
+        if (root / HASHES).exists():
+            _check_hashes(root, adapters)
         settings = _read_settings(root / ROUTER_JSON)
         return cls(root, settings, _read_tensors(root / ROUTER_TENSORS, settings))
 
@@ -222,6 +223,40 @@ def _as_array(value: Any, name: str, kinds: str, expected: str) -> np.ndarray:
     return array
 
 
+def exported_files(folder: Path) -> list[str]:
+    """The names of all files in a folder but the hashes, a model card, and hidden ones such as git's."""
+    paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    shown = {path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)}
+    return sorted(shown - {HASHES, "README.md"})
+
+
+def hashes_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """The SHA-256 of each of these files, in hexadecimal digits."""
+    hashes = {name: hashlib.sha256() for name in names}
+    for name, digest in hashes.items():
+        with open(folder / name, "rb") as file:
+            for piece in iter(lambda: file.read(2**20), b""):
+                digest.update(piece)
+    return {name: digest.hexdigest() for name, digest in hashes.items()}
+
+
+def _check_hashes(folder: Path, adapters: bool) -> None:
+    """Compare the files with what the export wrote of them, in the format of sha256sum."""
+    path, names = folder / HASHES, exported_files(folder) if adapters else [ROUTER_JSON, ROUTER_TENSORS]
+    try:
+        written = dict(line.split("  ", 1)[::-1] for line in path.read_text(encoding="utf-8").splitlines())
+    except ValueError as error:
+        raise _damaged(path, error) from error
+    missing = sorted(set(written) - set(names)) if adapters else []
+    if missing:
+        advice = f"{EXPORT}, or give adapters=False"
+        raise FileNotFoundError(f"There is no {folder / missing[0]} here, which {HASHES} lists. {advice}.")
+    for name, digest in hashes_of(folder, names).items():
+        happened = "changed" if name in written else "been added"
+        expected = f"the files that {HASHES} lists, and no others"
+        _check(folder / name, digest == written.get(name), f"{happened} since the export", expected)
+
+
 def _damaged(path: Path, error: Exception) -> ValueError:
     problem = f"is damaged ({error}; {path.stat().st_size} bytes), cut short perhaps: restore it from its origin"
     return ValueError(f"The file {path} {problem}. {EXPORT}.")
@@ -245,9 +280,10 @@ def _read_settings(path: Path) -> dict[str, Any]:
     _check(path, isinstance(settings, dict), f"a {type(settings).__name__} at the top", "an object")
     fields = ("version", "prior_encoder", "adapters", "default", "clusters")
     version, encoder, adapters, default, clusters = map(settings.get, fields)
-    versions = (VERSION, VERSION_WITH_MARKERS)
-    copy = f"version {' or '.join(map(str, versions))}, or else the copy of semantic_router.py that lies in the folder"
-    _check(path, version in versions and version is not True, f"version {version!r}", copy)
+    known = f"version {VERSION} or {VERSION_WITH_MARKERS}, or else a newer peft-trex"
+    _check(path, version in (VERSION, VERSION_WITH_MARKERS) and version is not True, f"version {version!r}", known)
+    hashed = settings.get("hashes") is None or path.with_name(HASHES).exists()
+    _check(path, hashed, f"hashes={settings.get('hashes')!r}", f"the file {HASHES} beside it")
     encoders = ("input_embeddings", "external")
     _check(path, encoder in encoders, f"prior_encoder={encoder!r}", f"one of {encoders}")
     _check(path, isinstance(adapters, dict) and adapters != {}, f"adapters={adapters!r}", "an object of folders")
@@ -277,10 +313,7 @@ def _check_chat(path: Path, settings: Mapping[str, Any]) -> None:
     whole = whole and all(
         isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids) for ids in markers.values()
     )
-    expected = (
-        f"an object of the lists of token ids {', '.join(MARKERS)}, of which only the last may be empty, and of "
-        f"{' or '.join(MERGED)} where they are needed"
-    )
+    expected = f"lists of token ids: {', '.join(MARKERS)} (which may be empty), and {' or '.join(MERGED)} if needed"
     _check(path, whole and [] not in (markers["before"], markers["after"]), f"chat_markers={markers!r}", expected)
 
 

@@ -17,6 +17,10 @@ from torch.nn import functional as F
 
 from .chat import ChatMarkers
 
+# Embeddings are pooled in so many parts, unless there are few of them: a copy of all would be twice as large as a
+# batch in bfloat16.
+PARTS, SMALL = 32, 2**20
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -85,12 +89,21 @@ class Prompts:
         return values if self.sequence is None else values[self.sequence.to(values.device)]
 
     def _sum(self, values: Tensor, chosen: Tensor) -> Tensor:
-        """The sum (P, ...) over the chosen tokens of each turn, of values (B, T, ...) or one for all of them."""
-        picked = values.float().expand(*chosen.shape, -1).masked_fill(~chosen[..., None], 0.0)
-        if self.index is None:
-            return picked.sum(1)
-        total = picked.new_zeros(self.count, picked.shape[-1])
-        return total.index_add_(0, self.index.flatten(), picked.flatten(0, 1))
+        """The sum (P, D), float32, over the chosen tokens of each turn, of values (B, T, D)."""
+        rows, tokens = chosen.shape
+        total = torch.zeros(rows if self.index is None else self.count, values.shape[-1], device=values.device)
+        parts = [slice(None)]
+        # A compiler fuses the steps, and makes no copy at all.
+        if not torch.compiler.is_compiling():
+            step = max(1, -(-tokens // PARTS), SMALL // max(1, rows * values.shape[-1]))
+            parts = [slice(start, start + step) for start in range(0, tokens, step)]
+        for part in parts:
+            picked = values[:, part].masked_fill(~chosen[:, part, None], 0).float()
+            if self.index is None:
+                total += picked.sum(1)
+            else:
+                total.index_add_(0, self.index[:, part].flatten(), picked.flatten(0, 1))
+        return total
 
     def _sum_of_earlier(self, values: Tensor) -> Tensor:
         """The sum over the tokens of all turns of the sequence before each turn."""
@@ -201,6 +214,8 @@ def split_turns(
         prefix: whether an answer begins behind a user's message only.
     """
     shape, device = attended.shape, attended.device
+    if not attended.numel():
+        return Prompts(attended, None, shape[0], attended, None, sequence=sequence, sequences=shape[0])
     numbers = torch.arange(shape[0], device=device)[:, None].expand(shape) if sequence is None else sequence
     numbers, present = numbers.flatten(), attended.flatten()
     anew = F.pad(numbers[1:] != numbers[:-1], (1, 0), value=True)
@@ -296,7 +311,8 @@ def _packed(attended: Tensor, position_ids: Any, masked: bool) -> tuple[Tensor |
     rows, length = attended.shape
     if isinstance(position_ids, Tensor) and position_ids.dim() == 3 and len(position_ids) == 4:
         position_ids = position_ids[0]
-    if not isinstance(position_ids, Tensor) or tuple(position_ids.shape) not in ((rows, length), (1, length)):
+    shapes = ((rows, length), (1, length))
+    if not attended.numel() or not isinstance(position_ids, Tensor) or tuple(position_ids.shape) not in shapes:
         return None, rows
     positions = position_ids.to(attended.device)
     # Beside a mask, the positions of padding may be anything. Without one, a sequence begins wherever transformers

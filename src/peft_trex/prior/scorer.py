@@ -83,6 +83,8 @@ class PromptScorer:
                 "T-REX computes the prior from the prompt's tokens, but got neither input_ids nor inputs_embeds (only "
                 f"{list(inputs.given)}). Pass them, an encoder's own output object, or use prior_encoder='external'."
             )
+        if len(looked_up) == 1:
+            return looked_up[0]
         return torch.cat([piece.to(looked_up[0]) for piece in looked_up], 1)
 
     def look_up(self, embedding: nn.Embedding, ids: Any, prior: SemanticPrior | None = None) -> Tensor:
@@ -218,7 +220,7 @@ class PromptScorer:
                     scores[name] = whole * prompts_of(name).answers.to(running.device)[..., None]
             chats = [prompts for markers, prompts in split.items() if markers is not None]
             if chats:
-                begun = torch.stack([prompts.answers[:, -1].all() for prompts in chats]).all()
+                begun = torch.stack([prompts.answers[:, -1:].all() for prompts in chats]).all()
         return Scored(scores, last, begun)
 
     def _prompts(self, inputs: Inputs, content: Content | None, markers: ChatMarkers | None, prefix: bool) -> Prompts:
