@@ -80,13 +80,7 @@ class TRexModel(BaseTuner):
         if not adapter_name or "." in adapter_name:
             raise ValueError(f"An adapter cannot be called {adapter_name!r}: it must be neither empty nor hold a dot.")
         config = self.config_of(adapter_name)
-        adapters = self.prompts.adapters
-        if config.prior_scope == "answer" and not (adapters.two_sided or adapters.is_causal_task(config.task_type)):
-            raise ValueError(
-                "prior_scope='answer' needs a model that writes answers: a causal language model or an "
-                f"encoder-decoder. This is a {type(self.model).__name__}, task_type={config.task_type!r}; leave "
-                "prior_scope='prompt'."
-            )
+        self.prompts.adapters.check(config)
         self._set_prior(adapter_name, self._make_prior(config))
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)

@@ -66,6 +66,7 @@ class _Running(threading.local):
         return _Running, ()
 
 
+@dataclass(eq=False)
 class Block:
     """A block of `steer_trex`, told from others by identity.
 
@@ -74,9 +75,8 @@ class Block:
         astray: whether it was entered while another block ran in this thread, but not around it.
     """
 
-    def __init__(self, override: Override, astray: bool) -> None:
-        self.override = override
-        self.astray = astray
+    override: Override
+    astray: bool
 
 
 class Blocks:

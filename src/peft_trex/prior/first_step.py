@@ -60,8 +60,14 @@ class FirstStep:
         watched = {each for _, layer, around in self._layers for each in (layer, around)}
         self._handles = [each.register_forward_pre_hook(self._call) for each in watched]
         # The hook must not keep this object alive, and the model with it.
-        this = weakref.WeakMethod(self.step)
-        self._optimizers = register_optimizer_step_pre_hook(lambda *_: _run(this))
+        this = weakref.ref(self)
+
+        def at_step(*_: Any) -> None:
+            watch = this()
+            if watch is not None:
+                watch.step()
+
+        self._optimizers = register_optimizer_step_pre_hook(at_step)
 
     def step(self) -> None:
         """Before the first step: stop to watch, and say what it will not train."""
@@ -101,12 +107,6 @@ class FirstStep:
     def __getstate__(self) -> dict[str, Any]:
         # A copy of a model watches from its own first forward on.
         return {**vars(self), "_handles": [], "_optimizers": None, "_layers": [], "_called": set()}
-
-
-def _run(method: weakref.WeakMethod[Callable[[], None]]) -> None:
-    step = method()
-    if step is not None:
-        step()
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -4,35 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import update_wrapper
-from typing import Any, Protocol
-
-from torch import nn
-
-from .channel import PriorChannel
-
-
-class Watch(Protocol):
-    """What opens and closes the forwards of a module."""
-
-    channel: PriorChannel
-
-    def open(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Before a forward: the arguments that are left for it."""
-
-    def close(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        """After a forward: another output, or None."""
-
-    def leave(self, module: nn.Module) -> None:
-        """After a forward that failed."""
+from typing import Any
 
 
 class Guard:
     """Stands for a module's forward, to see what hooks do not: calls of `.forward`, and ends such as Ctrl-C.
 
     Where accelerate keeps the forward that it has wrapped, the guard stands there, and so outlives accelerate's hooks.
+
+    Args:
+        watch: the `PromptWatch`, which opens and closes the module's forwards.
+        module: the module.
     """
 
-    def __init__(self, watch: Watch, module: Any) -> None:
+    def __init__(self, watch: Any, module: Any) -> None:
         self._watch, self._module = watch, module
         self._place = "_old_forward" if "_old_forward" in vars(module) else "forward"
         self._in_object = self._place in vars(module)
@@ -52,13 +37,10 @@ class Guard:
             if frame is not None and frame.module is module:
                 frame.entered = True
             output = self._forward(*args, **kwargs)
-        except Exception:
-            # PyTorch calls the hooks then.
-            if not hooked:
+        except BaseException as error:
+            # PyTorch calls the hooks after an Exception, and after nothing else.
+            if not (hooked and isinstance(error, Exception)):
                 watch.leave(module)
-            raise
-        except BaseException:
-            watch.leave(module)
             raise
         if hooked:
             return output

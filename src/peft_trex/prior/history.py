@@ -196,7 +196,10 @@ class Move:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cache = self._cache()
-        assert cache is not None
+        if cache is None:
+            raise RuntimeError(
+                f"{self._name} was called on a shallow copy of a cache that is gone; use copy.deepcopy."
+            )
         history = history_of(cache)
         # What fails half-way must not keep a history that may not fit any more.
         attach(cache, None)

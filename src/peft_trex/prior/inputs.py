@@ -163,7 +163,7 @@ class Inputs:
             return None
         prompts = self.prompts(causal=False)
         if prompts.sequence is not None and torch.compiler.is_compiling():  # a compiled forward cannot count
-            return None if values == self.rows else prompts.with_sequences(values)
+            return None if values == self.rows else replace(prompts, sequences=values)
         return None if prompts.sequence is None else prompts
 
 
