@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import CACHE, PAD, adapted, make_llama, prompts
+from conftest import CACHE, PAD, adapted, make_llama, make_t5, prompts
 from peft import get_peft_model
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
 
@@ -226,6 +226,8 @@ SERVED = {
     "generate without cache": lambda m, f, p: generate(m, f + p, use_cache=False)[0][0],
     "static cache": lambda m, f, p: generate(m, f + p, cache_implementation="static", disable_compile=True)[0][0],
     "prompt in chunks": lambda m, f, p: generate(m, f + p, prefill_chunk_size=4)[0][0],
+    "beams": lambda m, f, p: generate(m, f + p, num_beams=2)[0][0],
+    "assisted": lambda m, f, p: generate(m, f + p, prompt_lookup_num_tokens=2)[0][0],
     "several sequences": lambda m, f, p: generate(m, f + p, do_sample=True, num_return_sequences=2)[0][1],
     "left padding, no mask": lambda m, f, p: generate(
         m, torch.tensor([[PAD] * 3 + f + p, [5] * (3 + len(f + p))]), attention_mask=None
@@ -241,6 +243,7 @@ SERVED = {
 LATER = {
     "by hand without cache": lambda m, f, p: without_cache(m, f + p),
     "by hand in chunks": lambda m, f, p: by_hand(m, in_pieces(f + p)),
+    "by hand, token by token": lambda m, f, p: by_hand(m, in_pieces(f + p, 1)),
 }
 
 
@@ -327,6 +330,62 @@ def test_the_scope_answer_needs_a_model_that_writes_answers():
         assert not any(isinstance(module, TRexLayer) for module in base.modules())
     adapted("t5", prior_scope="answer")
     adapted(task_type=None, prior_scope="answer")
+
+
+@pytest.mark.parametrize("base", ["classifier", "backbone", "t5"])
+def test_chat_markers_need_a_model_that_writes_chats(base):
+    task = {"classifier": "SEQ_CLS", "backbone": None, "t5": "SEQ_2_SEQ_LM"}[base]
+    base = {"classifier": make_llama(), "backbone": make_llama().model, "t5": make_t5()}[base]
+    with pytest.raises(ValueError, match=r"chat_markers need a causal language model, .* that of all tokens"):
+        get_peft_model(base, TRexConfig(chat_markers=MARKERS, task_type=task))
+    assert not any(isinstance(module, TRexLayer) for module in base.modules())
+    get_peft_model(base, TRexConfig(chat_markers=False, task_type=task))
+
+
+def test_embeddings_without_ids_do_not_show_markers(model, kind):
+    embeds = model.get_input_embeddings()(torch.tensor([turn(0)]))
+    for _ in range(2):
+        _, warned = run(lambda: model.generate(inputs_embeds=embeds, max_new_tokens=2, do_sample=False))
+        assert any("got inputs_embeds without input_ids" in text for text in warned) == KINDS[kind][1]
+        kind = "prompt, no markers"
+
+
+def test_an_answer_that_the_prompt_begins_is_an_answer_in_training_too(model, kind):
+    """As after a template's empty thoughts, and where a last message is continued."""
+    begun = [*turn(0), *ANSWERS[1][:2]]
+    ids = torch.tensor([begun + ANSWER])
+    labels = ids.masked_fill(torch.arange(ids.shape[1]) < len(begun), -100)
+    with torch.no_grad():
+        trained = model(input_ids=ids, labels=labels).logits[0, len(begun) - 1 : -1]
+    torch.testing.assert_close(generate(model, begun)[0][0], trained, atol=1e-4, rtol=0)
+
+
+def test_labels_of_a_header_begin_the_answer(model, kind):
+    header, ids = len(turn(0)) - len(HEADER), torch.tensor([turn(0) + ANSWER])
+    labels = ids.masked_fill(torch.arange(ids.shape[1]) < header, -100)
+    scores = {}
+    layer = next(module for module in model.modules() if isinstance(module, TRexLayer))
+    for name, told in (("header", labels), ("none", None), ("message", ids)):
+        handle = layer.register_forward_pre_hook(
+            lambda layer, args, name=name: scores.__setitem__(name, layer._channel.scores("default", args[0]))
+        )
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            model(input_ids=ids, labels=told)
+        handle.remove()
+    if kind == "answer, markers":
+        begins = {name: int(each[0].any(-1).nonzero()[0]) for name, each in scores.items()}
+        assert begins == {"header": header - 1, "none": header, "message": header}
+
+
+def test_what_generate_writes_is_an_answer_without_a_header_too(model, kind):
+    """As where a prompt was rendered without `add_generation_prompt`."""
+    prompt = turn(0)[: -len(HEADER)]
+    expected = torch.tensor([prompt + ANSWER])
+    mask = (torch.arange(expected.shape[1]) >= len(prompt)).long()[None]
+    with torch.no_grad():
+        logits = model(input_ids=expected, completion_mask=mask).logits[0, len(prompt) - 1 : -1]
+    torch.testing.assert_close(generate(model, prompt)[0][0], logits, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("conversation", ["two turns", "three turns", "system and two turns"])

@@ -7,6 +7,7 @@ import inspect
 import pickle
 import sys
 import threading
+import warnings
 import weakref
 
 import pytest
@@ -16,12 +17,16 @@ from transformers import (
     BertConfig,
     BertModel,
     DynamicCache,
+    GitConfig,
+    GitForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
 )
 
 from peft_trex import TRexLayer, initialize_trex_prior, steer_trex
@@ -185,6 +190,53 @@ def test_a_sliding_windows_cache():
             tokens.append(output.logits[:, -1:].argmax(-1))
             output = model(input_ids=tokens[-1], use_cache=True, **{CACHE: output[CACHE]})
     assert torch.equal(torch.cat(tokens, 1), expected)
+
+
+def test_lists_of_states_are_caches():
+    """RWKV's state, as a kind of its own: it cannot carry anything."""
+    config = RwkvConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, context_length=64, pad_token_id=PAD, eos_token_id=2
+    )
+    torch.manual_seed(0)
+    model = adapted(base=RwkvForCausalLM(config).eval())
+    seen = []
+    layer = next(module for module in model.modules() if isinstance(module, TRexLayer))
+    layer.register_forward_pre_hook(lambda layer, args: seen.append(layer._channel.scores("default", args[0])))
+    model.generate(ROWS, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    assert len(seen) == 5 and all(torch.equal(scores, seen[0]) for scores in seen)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*neither labels nor")
+        state = model(input_ids=ROWS, use_cache=True).state
+    with pytest.warns(UserWarning, match="cache whose prompt T-REX did not see"):
+        model(input_ids=TOKENS, state=state)
+
+
+def test_a_shallow_copy_of_a_cache_that_is_gone(model):
+    cache = filled(model)
+    copied = copy.copy(cache)
+    del cache
+    with pytest.raises(RuntimeError, match=r"crop was called on a shallow copy .*use copy\.deepcopy"):
+        copied.crop(-1)
+
+
+def test_a_prior_that_is_given_needs_no_mask_of_tokens(model):
+    mask = torch.ones(9, 9, dtype=torch.bool).tril().expand(3, 1, 9, 9)
+    torch.testing.assert_close(run(model, semantic_prior=1, attention_mask=mask), run(model, semantic_prior=1))
+    with pytest.raises(ValueError, match="needs a mask of shape"):
+        run(model, attention_mask=mask)
+
+
+def test_a_tower_within_the_text_model_sees_no_prior():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = {**sizes, "image_size": 8, "patch_size": 4}
+    torch.manual_seed(0)
+    model = adapted(
+        base=GitForCausalLM(GitConfig(vision_config=vision, vocab_size=64, pad_token_id=PAD, **sizes)).eval()
+    )
+    pixels, seen = torch.randn(3, 3, 8, 8), []
+    model.get_base_model().git.image_encoder.register_forward_hook(lambda *args: seen.append(args[2][0]))
+    logits = [run(model, pixel_values=pixels, semantic_prior=cluster) for cluster in (0, 1)]
+    assert torch.equal(*seen) and not torch.allclose(*logits)
 
 
 class Within(LogitsProcessor):

@@ -16,11 +16,7 @@ from .state import ForwardState, Generation, Override, Scored
 
 
 class Conversations:
-    """Finds out what a call's tokens go on with, and has them scored together with it.
-
-    Args:
-        scorer: scores prompts.
-    """
+    """Finds out what a call's tokens go on with, and has them scored together with it."""
 
     def __init__(self, scorer: PromptScorer) -> None:
         self.scorer = scorer
@@ -68,8 +64,9 @@ class Conversations:
             return True
         if not self.adapters.is_causal() or tokens.shape[1] != 1 or history.is_cut or not bool(history.begun):
             return False
-        marks = {markers.before[-1] for name in names if (markers := self.adapters.markers_of(name)) is not None}
+        markers = [each for name in names if (each := self.adapters.markers_of(name)) is not None]
         # What ends the marker before a user's message may begin a new turn.
+        marks = {marker[-1] for each in markers for marker in (each.before, each.before_merged) if marker}
         return not any(bool((tokens == mark).any()) for mark in marks)
 
     def _whole(self, history: History | None, new: Content | None, inputs: Inputs) -> Content | None:

@@ -35,11 +35,7 @@ class Backward:
 
 
 class LossWatch:
-    """Collects the router losses of training forwards, adds them to the model's loss, and sees whether that is used.
-
-    Args:
-        scorer: knows the adapters, and warns once.
-    """
+    """Collects the router losses of training forwards, adds them to the model's loss, and sees if that is used."""
 
     def __init__(self, scorer: PromptScorer) -> None:
         self.scorer = scorer
@@ -63,8 +59,10 @@ class LossWatch:
     def start(self, coefficients: dict[str, tuple[float, float]], inputs: Inputs) -> RouterLosses:
         """What the layers of a forward add their losses to."""
         self.check()
+        # No mask (B, T) fits all layers of an encoder-decoder.
+        masked = isinstance(inputs.mask, Tensor) and inputs.mask.dim() == 2 and not self.adapters.two_sided
         share = inputs.share_of_loss(shifted=self.adapters.is_causal())
-        return RouterLosses(coefficients, self._attended(inputs), share)
+        return RouterLosses(coefficients, inputs.mask if masked else None, share)
 
     def coefficients(self, module: nn.Module) -> dict[str, tuple[float, float]]:
         """The coefficients of the router losses of each active adapter that has some, in training."""
@@ -73,11 +71,6 @@ class LossWatch:
         configs = {name: self.adapters.configs[name] for name in self.adapters.active()}
         pairs = {name: (each.balance_loss_coef, each.router_z_loss_coef) for name, each in configs.items()}
         return {name: pair for name, pair in pairs.items() if any(pair)}
-
-    def _attended(self, inputs: Inputs) -> Tensor | None:
-        """The mask (B, T) of tokens that count in all layers; None where layers see different tokens."""
-        mask = inputs.mask
-        return mask if isinstance(mask, Tensor) and mask.dim() == 2 and not self.adapters.two_sided else None
 
     def end(self, losses: RouterLosses, output: Any) -> Any:
         """The output with the router losses in its loss; None if they cannot be put there."""

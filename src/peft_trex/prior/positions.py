@@ -31,9 +31,6 @@ class PositionWatch:
     """Keeps what a module is called with, so that its layers tell hidden states from relative positions.
 
     In a batch of several rows the leading axis tells them apart, in one of a single row nothing else does.
-
-    Args:
-        channel: what the layers read.
     """
 
     def __init__(self, channel: PriorChannel) -> None:

@@ -31,6 +31,7 @@ class Prompts:
         earlier: (B, T) bool, the tokens that are pooled for all later turns of their sequence, too; None for none.
         first: (P,), the number of the first turn in the sequence of each turn; None without `earlier`.
         chat: () bool, whether all sequences hold a user's message between markers; None without markers.
+        begun: () bool, whether what follows the last token of each row goes on with an answer; None without markers.
         sequence: (B, T), the number of the packed sequence that each token belongs to; None where rows are not packed.
         sequences: the number of sequences, B where rows are not packed.
     """
@@ -43,6 +44,7 @@ class Prompts:
     earlier: Tensor | None = None
     first: Tensor | None = None
     chat: Tensor | None = None
+    begun: Tensor | None = None
     sequence: Tensor | None = None
     sequences: int = 0
 
@@ -252,6 +254,7 @@ def split_turns(
         earlier=None if earlier is None else earlier.view(shape),
         first=None if earlier is None else index.new_zeros(count).scatter(0, index, index[sequences.first]),
         chat=None if chat is None else (is_chat | ~present).all(),
+        begun=None if chat is None else (answers & present & ~chat.opens).view(shape)[:, -1].all(),
         sequence=sequence,
         sequences=shape[0],
     )

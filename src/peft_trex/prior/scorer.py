@@ -23,11 +23,7 @@ UNTOLD, NO_MESSAGE, SEVERAL = "labels leave no prompt", "no user's message", "se
 
 
 class PromptScorer:
-    """Scores prompts with the priors of a model's adapters, and warns, once, where a prior is not what it should be.
-
-    Args:
-        adapters: the model's.
-    """
+    """Scores prompts with the priors of a model's adapters, and warns once where a prior is not what it should be."""
 
     def __init__(self, adapters: Adapters) -> None:
         self.adapters = adapters
@@ -213,9 +209,9 @@ class PromptScorer:
                         # What generate writes behind its prompt is an answer, also without a header before it.
                         answers = torch.cat([answers[:, :-1], torch.ones_like(answers[:, -1:])], 1)
                     scores[name] = whole * answers.to(running.device)[..., None]
-            chats = [prompts for markers, prompts in split.items() if markers is not None]
+            chats = [prompts.begun for prompts in split.values() if prompts.begun is not None]
             if chats:
-                begun = torch.stack([prompts.answers[:, -1].all() for prompts in chats]).all()
+                begun = torch.stack(chats).all()
         return Scored(scores, last, begun)
 
     def _prompts(self, inputs: Inputs, content: Content | None, markers: ChatMarkers | None, prefix: bool) -> Prompts:
