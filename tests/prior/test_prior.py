@@ -365,6 +365,20 @@ def test_an_all_padding_row_has_no_prior():
     assert scores[0].any() and not scores[1].any()
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_found_without_a_mask(side):
+    """Runs of the pad token at the ends of a row; within a prompt it is a token like any other."""
+    model, row = adapted(), torch.tensor([5, 6, PAD, PAD, 7, 20])
+    padded, mask = pad_to(row, 9, side)
+    for ids, attended in ((padded, mask), (prompts(1)[0], torch.ones(9))):
+        expected = _scores(model, input_ids=ids[None], attention_mask=attended[None])
+        torch.testing.assert_close(_scores(model, input_ids=ids[None]), expected)
+    assert not torch.allclose(expected, _scores(model, input_ids=padded[None]))
+    model.get_base_model().generation_config.eos_token_id = PAD
+    everything = {"input_ids": padded[None], "attention_mask": torch.ones(1, 9)}
+    torch.testing.assert_close(_scores(model, input_ids=padded[None]), _scores(model, **everything))
+
+
 def test_unfitted_counts_as_zero_and_warns_once():
     model = adapted(fit=False)
     ids = prompts(3)

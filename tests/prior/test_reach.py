@@ -80,6 +80,11 @@ def test_repeated_rows_keep_their_prior(model):
     expected = step(model, copy.deepcopy(cache), TOKENS).repeat_interleave(2, 0)
     cache.batch_repeat_interleave(2)
     torch.testing.assert_close(step(model, cache, TOKENS.repeat_interleave(2, 0)), expected)
+    chosen = torch.tensor([1, 4])
+    cache = filled(model)
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(chosen)
+    torch.testing.assert_close(step(model, cache, TOKENS.repeat_interleave(2, 0)[chosen]), expected[chosen])
     fewer = filled(model)
     fewer.batch_select_indices(torch.tensor([1]))
     torch.testing.assert_close(step(model, fewer, TOKENS[1:2]), expected[2:3])
@@ -156,6 +161,23 @@ def test_an_encoder_decoders_cache():
         swapped = (encoded.last_hidden_state[order],)
         got = t5(encoder_outputs=swapped, decoder_input_ids=TOKENS[order], past_key_values=cache).logits
     torch.testing.assert_close(got, expected[order])
+
+
+def test_an_encoder_decoders_scope_answer():
+    """Nothing of the prompt is an answer, and all of what the decoder writes is."""
+    models = {scope: adapted("t5", prior_scope=scope) for scope in ("prompt", "answer")}
+    ids = {"input_ids": ROWS, "decoder_input_ids": ROWS[:, :4]}
+    encoded, logits = {}, {}
+    with torch.no_grad():
+        for scope, model in models.items():
+            encoder = model.get_base_model().get_encoder()
+            encoded[scope] = [encoder(input_ids=ROWS, semantic_prior=c).last_hidden_state for c in (0, 1)]
+            logits[scope] = [model(**ids, semantic_prior=cluster).logits for cluster in (0, 1)]
+        own = models["answer"](**ids).logits
+        alone = [models["answer"](**{name: value[row : row + 1] for name, value in ids.items()}) for row in range(3)]
+    assert torch.equal(*encoded["answer"]) and not torch.allclose(*encoded["prompt"])
+    assert not torch.allclose(*logits["answer"]) and not torch.allclose(own, logits["answer"][0])
+    torch.testing.assert_close(own, torch.cat([output.logits for output in alone]), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.skipif(BEFORE_5, reason="Mamba wants a cache_position in each forward before transformers 5")

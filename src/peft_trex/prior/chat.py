@@ -120,7 +120,7 @@ def chat_markers(tokenizer: Any) -> dict[str, list[int]]:
     A few made-up conversations are rendered, and what is common to all of them is kept. The result is tried on these
     conversations: the markers must find each message, whole and alone. They are as short as special tokens allow, so
     that an answer that was cut off, say, does not hide the message after it. A message that holds a marker itself is
-    taken for several.
+    taken for several, and what a template writes as a user's message is one: a tool's result, with Qwen's template.
 
     Args:
         tokenizer: a tokenizer (or a processor with one) that has a chat template.
@@ -175,10 +175,9 @@ def _search(encoder: Any, render: Render, histories: list[Conversation]) -> Chat
     after = _common_start([middle, *closings])
     merged_befores, merged_afters, _ = _surroundings(render, histories, USERS + EDGES)
     # So many tokens of a marker may merge with a message's edge: those that do so here, and all whitespace.
-    head = max(len(long) - len(short) for long, short in zip(befores, merged_befores, strict=True))
-    head = max(head, _whitespace(encoder, before[::-1]))
-    tail = max(len(long) - len(short) for long, short in zip(afters, merged_afters, strict=True))
-    tail = max(tail, _whitespace(encoder, middle))
+    head, tail = _whitespace(encoder, before[::-1]), _whitespace(encoder, middle)
+    head = max(head, *(len(long) - len(short) for long, short in zip(befores, merged_befores, strict=True)))
+    tail = max(tail, *(len(long) - len(short) for long, short in zip(afters, merged_afters, strict=True)))
     # Where a short text alone follows a message, such as a line's end, the message may hold it too.
     lengths = sorted({len(after), len(middle)} - {0})
     starts = _starts(encoder, before)

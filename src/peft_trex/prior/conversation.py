@@ -118,7 +118,7 @@ class Conversations:
                 fits = self.adapters.two_sided or inputs.tokens is None or inputs.tokens.shape[1] == 1
             if fits:
                 return history
-        if filled and (override is None or not override.covers_all(names)):
+        if filled and (override is None or not all(map(override.covers, names))):
             self.scorer.warn_once(
                 "cache",
                 "A forward goes on from a cache whose prompt T-REX did not see; the prior is computed from the tokens "
@@ -137,8 +137,12 @@ class Conversations:
         history, cache = self._history(inputs, names, override), next(iter(inputs.caches), None)
         if history is not None and inputs.tokens is not None:
             history = history.for_rows(inputs.rows)
-        new = self._content(inputs)
-        content = self._content_of_generate(history, new, inputs)
+        new, content = self._content(inputs), None
+        if history is not None and history.content is not None and new is not None:
+            # The call's tokens repeat those of the cache and go on, or stand behind them.
+            wider = inputs.mask is not None and inputs.mask.shape[1] > new.length
+            behind = wider or new.length <= history.content.length
+            content = self._whole(history, new, inputs) if behind else new
         if history is not None and embeds is None and (content is None or self._only_continues(history, content)):
             scores = history.last if override is None else override.apply(history.last, history.rows)
             return Generation(Scored(scores, scores), content, history.rows, cache)
@@ -149,15 +153,6 @@ class Conversations:
             # The prompt tells the call's own forwards from others; its tokens are the encoder's.
             new = inputs.content(causal=False)
         return Generation(scored, content or new, inputs.rows, cache)
-
-    def _content_of_generate(self, history: History | None, new: Content | None, inputs: Inputs) -> Content | None:
-        """The tokens of a generate call that has a history: its own where they repeat those of the cache, or both."""
-        if history is None or history.content is None or new is None:
-            return None
-        wider = inputs.mask is not None and inputs.mask.shape[1] > new.length
-        if new.length <= history.content.length or wider:
-            return self._whole(history, new, inputs)
-        return new
 
     def _only_continues(self, history: History, content: Content) -> bool:
         """Whether a generate call goes on with the answer that runs in its cache."""

@@ -46,7 +46,6 @@ class Inputs:
         caches: the key-value caches that the call goes on from.
         encoded: an encoder's output, which may come in the place of its run.
         decoder_mask, decoder_ids: of the decoder of an encoder-decoder model.
-        pixels: images.
         rows: B, also of models without tokens.
         lengths: T of each argument that has rows and tokens.
         given: the names of all arguments that are not None.
@@ -64,7 +63,6 @@ class Inputs:
     encoded: Any = None
     decoder_mask: Any = None
     decoder_ids: Any = None
-    pixels: Any = None
     rows: int = 1
     lengths: tuple[int, ...] = ()
     given: tuple[str, ...] = ()
@@ -89,7 +87,6 @@ class Inputs:
             encoded=arguments.get("encoder_outputs"),
             decoder_mask=arguments.get("decoder_attention_mask"),
             decoder_ids=arguments.get("decoder_input_ids"),
-            pixels=arguments.get("pixel_values"),
             rows=sized[0].shape[0] if sized else 1,
             lengths=tuple(value.shape[1] for value in sized if value.dim() > 1),
             given=tuple(sorted(name for name, value in arguments.items() if value is not None)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,39 +13,20 @@ from .inputs import Inputs
 from .scorer import PromptScorer
 
 
-@dataclass
-class Backward:
-    """What a backward pass has reached of the training forwards before it: any output, and any router losses."""
-
-    output: bool = False
-    losses: bool = False
-
-    def watch(self, output: Any, total: Tensor) -> None:
-        """Notice gradients of an output's tensors and of the losses."""
-
-        def reached(name: str) -> Any:
-            return lambda gradient: setattr(self, name, True)
-
-        tensors = output.values() if isinstance(output, ModelOutput) else [output]
-        for tensor in tensors:
-            if isinstance(tensor, Tensor) and tensor.requires_grad and tensor is not total:
-                tensor.register_hook(reached("output"))
-        total.register_hook(reached("losses"))
-
-
 class LossWatch:
     """Collects the router losses of training forwards, adds them to the model's loss, and sees if that is used."""
 
     def __init__(self, scorer: PromptScorer) -> None:
         self.scorer = scorer
         self.adapters = scorer.adapters
-        self._backward = Backward()
+        # What a backward pass has reached of the training forwards before it: "output" and "losses".
+        self._reached: set[str] = set()
 
     def check(self) -> None:
         """After a backward pass: warn if it did not reach the router losses."""
-        if not self._backward.output:
+        if "output" not in self._reached:
             return
-        if not self._backward.losses:
+        if "losses" not in self._reached:
             self.scorer.warn_once(
                 "losses unused",
                 "balance_loss_coef and router_z_loss_coef have no effect: the trainer computes a loss of its own from "
@@ -54,7 +34,7 @@ class LossWatch:
                 "compute_loss of your own; where that does not get the output, as in TRL's trainers, a forward hook "
                 "on the model does. Or set both coefficients to 0.",
             )
-        self._backward = Backward()
+        self._reached = set()
 
     def start(self, coefficients: dict[str, tuple[float, float]], inputs: Inputs) -> RouterLosses:
         """What the layers of a forward add their losses to."""
@@ -80,7 +60,11 @@ class LossWatch:
             return None
         # Several forwards may come before a backward pass that reaches one of them.
         if total.requires_grad and not torch.compiler.is_compiling():
-            self._backward.watch(output, total)
+            reached = self._reached
+            for tensor in output.values() if isinstance(output, ModelOutput) else [output]:
+                if isinstance(tensor, Tensor) and tensor.requires_grad:
+                    tensor.register_hook(lambda gradient: reached.add("output"))
+            total.register_hook(lambda gradient: reached.add("losses"))
         if isinstance(output, ModelOutput):
             setattr(output, LOSS, total)
         if loss is not None:

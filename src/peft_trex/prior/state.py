@@ -146,10 +146,6 @@ class Override:
         """Whether no row is left to its own prompt."""
         return adapter_name in self.scores and self.chosen[adapter_name] is None
 
-    def covers_all(self, names: list[str]) -> bool:
-        """Whether no row of any of these adapters is left to its own prompt."""
-        return all(self.covers(name) for name in names)
-
     @property
     def rows(self) -> int:
         """N, which is 1 if all that was given is for all rows."""
