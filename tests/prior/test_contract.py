@@ -192,6 +192,14 @@ def from_the_previous_turn(model, former, prompt):
     return generate(model, former + prompt, past_key_values=copy.deepcopy(first.past_key_values))[0][0]
 
 
+def from_the_previous_turn_by_hand(model, former, prompt):
+    """The same, decoded by hand, with the new turn's tokens alone."""
+    cut = len(former) - len(ANSWERS[0])
+    cache = model(input_ids=torch.tensor([former[:cut]]), use_cache=True)[CACHE]
+    by_hand(model, [], cache, answer=[*former[cut:], 1])
+    return by_hand(model, [prompt], cache)
+
+
 def from_a_shared_prefix(model, former, prompt):
     """The cache of the first tokens is filled once, and gone on from for two prompts."""
     cache = model(input_ids=torch.tensor([former]), use_cache=True)[CACHE]
@@ -404,8 +412,9 @@ def test_what_generate_writes_is_an_answer_without_a_header_too(model, kind):
 
 
 @pytest.mark.parametrize("conversation", ["two turns", "three turns", "system and two turns"])
-def test_a_chat_goes_on_from_its_cache(model, kind, conversation):
-    equal, warned = check(model, kind, from_the_previous_turn, conversation, told=False)
+@pytest.mark.parametrize("road", [from_the_previous_turn, from_the_previous_turn_by_hand])
+def test_a_chat_goes_on_from_its_cache(model, kind, road, conversation):
+    equal, warned = check(model, kind, road, conversation, told=False)
     assert equal or any("another prior" in text for text in warned)
     assert equal or not KINDS[kind][1], warned
 
