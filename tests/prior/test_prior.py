@@ -231,6 +231,8 @@ def test_a_layer_finds_its_rows_of_a_packed_prior():
     with_prior = partial(channel.run, ForwardState({"a": scores}, 2, (3,)), channel.scores, "a")
     assert with_prior(torch.zeros(2, 3, 5)).equal(scores)
     assert with_prior(torch.zeros(6, 5)).equal(scores.reshape(6, 4))
+    # What all rows share has no prior.
+    assert with_prior(torch.zeros(1, 3, 5)) is None
     for shape in ((2, 5), (3, 5), (2, 1, 5), (3, 2, 5), (2, 3, 1, 5)):
         with pytest.raises(ValueError, match="which prompt each row belongs to"):
             with_prior(torch.zeros(shape))

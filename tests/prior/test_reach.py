@@ -145,6 +145,8 @@ def test_rows_that_a_cache_does_not_have_are_refused(model):
     cache.batch_select_indices(torch.tensor([0, 1]))
     with pytest.raises(ValueError, match=r"3 rows, but the prior was computed for 2 prompts"):
         step(model, cache, TOKENS)
+    with pytest.raises(ValueError, match=r"3 rows, but the prior was computed for 2 prompts"):
+        model.generate(torch.cat([ROWS, TOKENS], 1), max_new_tokens=2, **{CACHE: cache})
     assert_idle(model)
 
 
@@ -291,11 +293,12 @@ OTHER = ROWS[1:2, :5]
     [
         lambda model: lambda _: model(input_ids=OTHER).logits,
         lambda model: lambda _: model(input_ids=OTHER, semantic_prior=2).logits,
+        lambda model: lambda _: model(input_ids=ROWS[:1], semantic_prior=2).logits,
         lambda model: lambda _: model(input_ids=ROWS).logits,
         lambda model: lambda _: model.generate(OTHER, max_new_tokens=4, do_sample=False).float(),
         lambda model: lambda _: step(model, filled(model, OTHER), TOKENS[:1]),
     ],
-    ids=["forward", "steered forward", "more rows", "generate", "a cache of its own"],
+    ids=["forward", "steered forward", "its own prompt steered", "more rows", "generate", "a cache of its own"],
 )
 def test_a_call_within_generate_has_its_own_prior(model, action, use_cache):
     plain, _ = generate(model, use_cache=use_cache)
@@ -364,16 +367,18 @@ def test_guidance_runs_its_negative_prompt_with_its_own_prior(model):
         torch.testing.assert_close(scores, logits[1] + 1.7 * (logits[0] - logits[1]))
 
 
-def test_a_forward_within_a_forward(model):
+@pytest.mark.parametrize("part", ["model", "backbone"])
+def test_a_forward_within_a_forward(model, part):
     layer = next(module for module in model.modules() if isinstance(module, TRexLayer))
+    called = model if part == "model" else model.get_base_model().model
     with torch.no_grad():
-        plain, alone = model(input_ids=ROWS).logits, model(input_ids=OTHER).logits
+        plain, alone = model(input_ids=ROWS).logits, called(input_ids=OTHER)[0]
         inner = []
 
         def run(*_):
             if not inner:
                 inner.append(None)
-                inner[0] = model(input_ids=OTHER).logits
+                inner[0] = called(input_ids=OTHER)[0]
 
         handle = layer.register_forward_pre_hook(run)
         outer = model(input_ids=ROWS).logits

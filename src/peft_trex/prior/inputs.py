@@ -20,8 +20,8 @@ EMBEDS = "semantic_embeds"
 SEMANTIC_PRIOR = "semantic_prior"
 COMPLETION = "completion_mask"
 # What transformers calls the cache, among a forward's arguments and in its output: the first name since 5.24, where
-# the next two are deprecated. The others are lists of states, of XLNet, RWKV and Reformer.
-CACHES = ("cache", "past_key_values", "cache_params", "mems", "state", "past_buckets_states")
+# the next two are deprecated. The others are lists of states, of RWKV and Reformer.
+CACHES = ("cache", "past_key_values", "cache_params", "state", "past_buckets_states")
 # Arguments that say where sequences begin in a packed row, beside position_ids.
 BOUNDARIES = ("cu_seq_lens_q", "seq_idx")
 # Arguments whose first axes are the rows and the tokens of a call, the ones that its layers see first.

@@ -93,10 +93,10 @@ class Generation:
         if self.content is None or torch.compiler.is_compiling():
             return True
         if inputs.caches:
-            # The call's own cache carries nothing before the call has ended, and lists of states never do.
+            # The call's own cache carries nothing before the call has ended.
             if self.cache is None and history_of(inputs.caches[0]) is None:
                 self.cache = inputs.caches[0]
-            return any(cache is self.cache or isinstance(cache, (list, tuple)) for cache in inputs.caches)
+            return any(cache is self.cache for cache in inputs.caches)
         # An encoder's output that carries a history is of another call.
         return self.begins(inputs) if inputs.encoded is None else history_of(inputs.encoded) is None
 
