@@ -1,5 +1,6 @@
 """The semantic prior: which tokens are the prompt, what is clustered, and what is refused."""
 
+import warnings
 from functools import partial
 
 import numpy as np
@@ -365,6 +366,22 @@ def test_an_all_padding_row_has_no_prior():
     mask[1] = 0
     scores = _scores(model, input_ids=ids, attention_mask=mask)
     assert scores[0].any() and not scores[1].any()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_that_nobody_tells_where_prompts_end_is_said_once(training):
+    """In evaluation too, where scorers come this way."""
+    batch = answered(3)
+    telling = {"labels": batch["labels"]}, {"semantic_prior": 1}
+    cases = (({}, {}, 1), *(({}, told, 0) for told in telling), ({"task_type": "SEQ_CLS"}, {}, 0))
+    for config, told, said in cases:
+        model = adapted(**config).train(training)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                model(input_ids=batch["input_ids"], **told)
+        texts = [str(warning.message) for warning in seen]
+        assert len([text for text in texts if "forward got neither labels nor a completion_mask" in text]) == said
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
