@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,20 +14,43 @@ from .inputs import Inputs
 from .scorer import PromptScorer
 
 
+@dataclass
+class Backward:
+    """What a backward pass has reached of the training forwards before it: any output, and any router losses."""
+
+    output: bool = False
+    losses: bool = False
+
+    def watch(self, output: Any, total: Tensor) -> None:
+        """Notice gradients of an output's tensors and of the losses."""
+
+        def reached(name: str) -> Any:
+            return lambda gradient: setattr(self, name, True)
+
+        tensors = output.values() if isinstance(output, ModelOutput) else [output]
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and tensor.requires_grad and tensor is not total:
+                tensor.register_hook(reached("output"))
+        total.register_hook(reached("losses"))
+
+
 class LossWatch:
-    """Collects the router losses of training forwards, adds them to the model's loss, and sees if that is used."""
+    """Collects the router losses of training forwards, adds them to the model's loss, and sees whether that is used.
+
+    Args:
+        scorer: knows the adapters, and warns once.
+    """
 
     def __init__(self, scorer: PromptScorer) -> None:
         self.scorer = scorer
         self.adapters = scorer.adapters
-        # What a backward pass has reached of the training forwards before it: "output" and "losses".
-        self._reached: set[str] = set()
+        self._backward = Backward()
 
     def check(self) -> None:
         """After a backward pass: warn if it did not reach the router losses."""
-        if "output" not in self._reached:
+        if not self._backward.output:
             return
-        if "losses" not in self._reached:
+        if not self._backward.losses:
             self.scorer.warn_once(
                 "losses unused",
                 "balance_loss_coef and router_z_loss_coef have no effect: the trainer computes a loss of its own from "
@@ -34,15 +58,13 @@ class LossWatch:
                 "compute_loss of your own; where that does not get the output, as in TRL's trainers, a forward hook "
                 "on the model does. Or set both coefficients to 0.",
             )
-        self._reached = set()
+        self._backward = Backward()
 
     def start(self, coefficients: dict[str, tuple[float, float]], inputs: Inputs) -> RouterLosses:
         """What the layers of a forward add their losses to."""
         self.check()
-        # No mask (B, T) fits all layers of an encoder-decoder.
-        masked = isinstance(inputs.mask, Tensor) and inputs.mask.dim() == 2 and not self.adapters.two_sided
         share = inputs.share_of_loss(shifted=self.adapters.is_causal())
-        return RouterLosses(coefficients, inputs.mask if masked else None, share)
+        return RouterLosses(coefficients, self._attended(inputs), share)
 
     def coefficients(self, module: nn.Module) -> dict[str, tuple[float, float]]:
         """The coefficients of the router losses of each active adapter that has some, in training."""
@@ -52,6 +74,11 @@ class LossWatch:
         pairs = {name: (each.balance_loss_coef, each.router_z_loss_coef) for name, each in configs.items()}
         return {name: pair for name, pair in pairs.items() if any(pair)}
 
+    def _attended(self, inputs: Inputs) -> Tensor | None:
+        """The mask (B, T) of tokens that count in all layers; None where layers see different tokens."""
+        mask = inputs.mask
+        return mask if isinstance(mask, Tensor) and mask.dim() == 2 and not self.adapters.two_sided else None
+
     def end(self, losses: RouterLosses, output: Any) -> Any:
         """The output with the router losses in its loss; None if they cannot be put there."""
         loss = getattr(output, "loss", None)
@@ -60,11 +87,7 @@ class LossWatch:
             return None
         # Several forwards may come before a backward pass that reaches one of them.
         if total.requires_grad and not torch.compiler.is_compiling():
-            reached = self._reached
-            for tensor in output.values() if isinstance(output, ModelOutput) else [output]:
-                if isinstance(tensor, Tensor) and tensor.requires_grad:
-                    tensor.register_hook(lambda gradient: reached.add("output"))
-            total.register_hook(lambda gradient: reached.add("losses"))
+            self._backward.watch(output, total)
         if isinstance(output, ModelOutput):
             setattr(output, LOSS, total)
         if loss is not None:
