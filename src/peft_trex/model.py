@@ -87,13 +87,7 @@ class TRexModel(BaseTuner):
             raise ValueError(f"An adapter cannot be called {adapter_name!r}: it must be neither empty nor hold a dot.")
         config = self.config_of(adapter_name)
         check_patterns(config, self.model)
-        adapters = self.prompts.adapters
-        if config.prior_scope == "answer" and not (adapters.two_sided or adapters.is_causal_task(config.task_type)):
-            raise ValueError(
-                "prior_scope='answer' needs a model that writes answers: a causal language model or an "
-                f"encoder-decoder. This is a {type(self.model).__name__}, task_type={config.task_type!r}; leave "
-                "prior_scope='prompt'."
-            )
+        self.prompts.adapters.check(config)
         self._set_prior(adapter_name, self._make_prior(config))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         check_pattern(config, self.layers_of(adapter_name))
@@ -200,8 +194,8 @@ class TRexModel(BaseTuner):
         return Snapshot(self, values=former_weights(layer for _, layer in self.trex_layers()))
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
-        # PEFT puts the innermost layer in a T-REX layer's place, and drops another method's adapter between the two. It
-        # also may fail half-way, and the base model must leave without the hooks that watch it.
+        # PEFT puts the innermost layer in a T-REX layer's place, and drops another method's adapter between the two.
+        # It also may fail half-way, and the base model must leave without the hooks that watch it.
         names = kwargs.get("adapter_names")
         if merge:
             self._check_before_merge(names)

@@ -76,8 +76,10 @@ class SavedRows:
         if self.prior is None or self.embedding is None or self.wrapper is None or trained is None:
             return {}
         frozen = state_dict.get(f"{self.wrapper}.original_module.weight")
-        if frozen is None and not _is_sharded(self.embedding.weight):
-            frozen = self.embedding.weight
+        weight = self.embedding.weight
+        # Of a weight that FSDP2 or ZeRO-3 shards, a rank has only its share.
+        if frozen is None and not (hasattr(weight, "full_tensor") or hasattr(weight, "ds_id")):
+            frozen = weight
         if frozen is None or frozen.is_meta or frozen.dim() != 2 or frozen.shape != trained.shape:
             self.scorer.warn_once(
                 "frozen embedding is not saved",
@@ -196,11 +198,6 @@ def _check_rows(rows: Mapping[str, Tensor], trained: Tensor) -> None:
             f"the file do not fit; expected rising token ids from 0 to {len(trained) - 1}, and for each of them a row "
             f"of width {trained.shape[-1]}. {FOREIGN}."
         )
-
-
-def _is_sharded(weight: Tensor) -> bool:
-    """Whether a rank has only its share of a weight, by FSDP2 or by ZeRO-3."""
-    return hasattr(weight, "full_tensor") or hasattr(weight, "ds_id")
 
 
 def _looked_up(embedding: nn.Embedding, weight: Tensor, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -4,49 +4,27 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import textwrap
-from collections.abc import Iterator
-from typing import Any
 
 from torch import nn
 
+# A call `self.name(...)`.
+CALLED = re.compile(r"\bself\.(\w+)\(")
 
-def methods_of_forward(kind: type[nn.Module]) -> Iterator[ast.AST]:
-    """The methods that a class's forward is made of, as syntax trees."""
-    names, seen = ["forward"], {"forward"}
-    while names:
-        function = _tree_of(getattr(kind, names.pop(), None))
-        if function is None:
+
+def code_of_forward(kind: type[nn.Module]) -> str:
+    """The code of a class's forward and of its methods that this calls; empty without a source.
+
+    It has no comments, and each statement stands on one line, with spaces as Python's `ast.unparse` sets them.
+    """
+    parts, names = [], ["forward"]
+    for name in names:
+        try:
+            source = textwrap.dedent(inspect.getsource(inspect.unwrap(getattr(kind, name))))
+            parts.append(ast.unparse(ast.parse(source)))
+        except (AttributeError, OSError, TypeError, SyntaxError, ValueError):  # no source, or none that stands alone
             continue
-        yield function
-        for node in ast.walk(function):
-            name = called_on_self(node)
-            if name and name not in seen and inspect.isfunction(getattr(kind, name, None)):
-                seen.add(name)
-                names.append(name)
-
-
-def _tree_of(function: Any) -> ast.AST | None:
-    try:
-        return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
-    except (OSError, TypeError, SyntaxError, ValueError):  # no source, or none that stands alone
-        return None
-
-
-def attribute_of_self(node: ast.AST) -> str | None:
-    """The name of `self.name`."""
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
-        return node.attr
-    return None
-
-
-def called_on_self(node: ast.AST) -> str | None:
-    """The name in a call `self.name(...)`."""
-    return attribute_of_self(node.func) if isinstance(node, ast.Call) else None
-
-
-def weight_of(node: ast.AST) -> str | None:
-    """The name of `self.name.weight`, where that is read."""
-    if isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load):
-        return attribute_of_self(node.value)
-    return None
+        called = dict.fromkeys(CALLED.findall(parts[-1]))
+        names += [each for each in called if each not in names and inspect.isfunction(getattr(kind, each, None))]
+    return "\n".join(parts)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import copy
+import re
 from typing import Any, NamedTuple
 
 import torch
@@ -11,12 +11,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .quantized import scheme_of
-from .source import called_on_self, methods_of_forward, weight_of
+from .source import CALLED, code_of_forward
 
 READ = "its weight is read by the {} around it, which passes an adapter by in silence"
 WIDE = "it is a {}, whose forward does not turn (tokens, {}) into one tensor (tokens, {})"
+# What a forward does with `self.name.weight`: it reads the weight, hands it to a function, or multiplies with it.
+WEIGHT_READ = re.compile(r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|requires_grad|is_meta)\b)(?! = )")
+WEIGHT_HANDED = re.compile(r"(?:[(=]|, )self\.(\w+)\.weight(?=[,)])")
+WEIGHT_MULTIPLIED = re.compile(r"(?<=@ )self\.(\w+)\.weight\b(?!\.)|\bself\.(\w+)\.weight(?= @)")
 # These functions take a weight, but compute nothing with it.
-QUESTIONS = {"isinstance", "hasattr", "getattr", "type", "id", "len"}
+QUESTION = re.compile(r"\b(?:isinstance|hasattr|getattr|type|id|len)\(self\.\w+\.weight\b")
 # A layer is tried with so many tokens. A prime number is no multiple of the groups that a grouped layer expects.
 TOKENS = 7
 
@@ -80,35 +84,11 @@ def bypassed(kind: type[nn.Module]) -> dict[str, bool]:
     # PyTorch's encoder layer does so in evaluation, but not where a hook is: see `keep_called`.
     if kind.__module__.startswith("torch.") and issubclass(kind, nn.TransformerEncoderLayer):
         return {}
-    called, read, handed, multiplied = set(), set(), set(), set()
-    for function in methods_of_forward(kind):
-        for node in ast.walk(function):
-            called |= {name for name in [called_on_self(node)] if name}
-            operands = {name for operand in _operands(node) if (name := weight_of(operand))}
-            handed |= operands
-            multiplied |= operands if isinstance(node, ast.BinOp) else set()
-        asked = {id(inner) for node in ast.walk(function) for inner in _asked(node)}
-        read |= {name for node in ast.walk(function) if id(node) not in asked and (name := weight_of(node))}
+    code = QUESTION.sub("", code_of_forward(kind))
+    called, read, handed = (set(pattern.findall(code)) for pattern in (CALLED, WEIGHT_READ, WEIGHT_HANDED))
+    multiplied = {left or right for left, right in WEIGHT_MULTIPLIED.findall(code)}
     # A product stands in plain code, which runs everywhere; a call may be that of a kernel for some machines.
-    return {name: name not in called or name in multiplied for name in handed | (read - called)}
-
-
-def _operands(node: ast.AST) -> list[ast.AST]:
-    """What a call or a matrix product computes with."""
-    if isinstance(node, ast.Call) and not _is_question(node):
-        return [*node.args, *(keyword.value for keyword in node.keywords)]
-    return [node.left, node.right] if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult) else []
-
-
-def _is_question(node: ast.Call) -> bool:
-    return isinstance(node.func, ast.Name) and node.func.id in QUESTIONS
-
-
-def _asked(node: ast.AST) -> list[ast.AST]:
-    """The weights of which a node asks a property only: `weight.dtype`, `isinstance(weight, ...)`."""
-    if isinstance(node, ast.Attribute) and node.attr in ("dtype", "device", "shape", "requires_grad", "is_meta"):
-        return [node.value]
-    return list(node.args) if isinstance(node, ast.Call) and _is_question(node) else []
+    return {name: name not in called or name in multiplied for name in handed | multiplied | (read - called)}
 
 
 def keep_called(layer: nn.Module, parent: nn.Module) -> None:

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import CACHE, PAD, adapted, make_llama, prompts
+from conftest import BEFORE_5, CACHE, PAD, adapted, make_llama, make_t5, prompts
 from peft import get_peft_model
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
 
@@ -130,7 +130,7 @@ def by_hand(model, pieces, cache=None, answer=ANSWER, **kwargs):
         output = model(input_ids=torch.tensor([piece]), use_cache=True, **given, **kwargs)
         scores, cache = output[:2] if isinstance(output, tuple) else (output.logits, output[CACHE])
         logits.append(scores[0, -1])
-    return torch.stack(logits[len(pieces) - 1 :])
+    return torch.stack(logits[max(len(pieces) - 1, 0) :])
 
 
 def without_cache(model, prompt):
@@ -192,6 +192,14 @@ def from_the_previous_turn(model, former, prompt):
     return generate(model, former + prompt, past_key_values=copy.deepcopy(first.past_key_values))[0][0]
 
 
+def from_the_previous_turn_by_hand(model, former, prompt):
+    """The same, decoded by hand, with the new turn's tokens alone."""
+    cut = len(former) - len(ANSWERS[0])
+    cache = model(input_ids=torch.tensor([former[:cut]]), use_cache=True)[CACHE]
+    by_hand(model, [], cache, answer=[*former[cut:], 1])
+    return by_hand(model, [prompt], cache)
+
+
 def from_a_shared_prefix(model, former, prompt):
     """The cache of the first tokens is filled once, and gone on from for two prompts."""
     cache = model(input_ids=torch.tensor([former]), use_cache=True)[CACHE]
@@ -226,6 +234,8 @@ SERVED = {
     "generate without cache": lambda m, f, p: generate(m, f + p, use_cache=False)[0][0],
     "static cache": lambda m, f, p: generate(m, f + p, cache_implementation="static", disable_compile=True)[0][0],
     "prompt in chunks": lambda m, f, p: generate(m, f + p, prefill_chunk_size=4)[0][0],
+    "beams": lambda m, f, p: generate(m, f + p, num_beams=2)[0][0],
+    "assisted": lambda m, f, p: generate(m, f + p, prompt_lookup_num_tokens=2)[0][0],
     "several sequences": lambda m, f, p: generate(m, f + p, do_sample=True, num_return_sequences=2)[0][1],
     "left padding, no mask": lambda m, f, p: generate(
         m, torch.tensor([[PAD] * 3 + f + p, [5] * (3 + len(f + p))]), attention_mask=None
@@ -241,6 +251,7 @@ SERVED = {
 LATER = {
     "by hand without cache": lambda m, f, p: without_cache(m, f + p),
     "by hand in chunks": lambda m, f, p: by_hand(m, in_pieces(f + p)),
+    "by hand, token by token": lambda m, f, p: by_hand(m, in_pieces(f + p, 1)),
 }
 
 
@@ -305,6 +316,8 @@ def test_rows_whose_answers_are_told(model, kind, road, conversation):
 def test_ways_to_go_on_from_a_prompt(model, kind, road, conversation):
     if road == "by hand, embeddings" and KINDS[kind][1]:
         pytest.skip("generate is given the ids, too")
+    if road == "assisted" and BEFORE_5:
+        pytest.skip("assisted generation needs an end token before transformers 5")
     equal, warned = check(model, kind, SERVED[road], conversation, told=False)
     assert equal, warned
 
@@ -329,9 +342,79 @@ def test_the_scope_answer_needs_a_model_that_writes_answers():
     adapted(task_type=None, prior_scope="answer")
 
 
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"use_cache": False}, {"prefill_chunk_size": 4}])
+def test_a_row_of_a_batch_is_as_alone(model, settings):
+    """Conversations of unlike lengths and turns, padded on the left."""
+    rows = [f + p for f, p in CONVERSATIONS.values()]
+    width = max(map(len, rows))
+    ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": PAD, **settings}
+    together = model.generate(ids, attention_mask=(ids != PAD).long(), **settings)[:, width:]
+    for row, new in zip(rows, together, strict=True):
+        alone = model.generate(torch.tensor([row]), attention_mask=torch.ones(1, len(row)), **settings)
+        assert torch.equal(alone[0, len(row) :], new)
+
+
+@pytest.mark.parametrize("base", ["classifier", "backbone", "t5"])
+def test_chat_markers_need_a_model_that_writes_chats(base):
+    task = {"classifier": "SEQ_CLS", "backbone": None, "t5": "SEQ_2_SEQ_LM"}[base]
+    base = {"classifier": make_llama(), "backbone": make_llama().model, "t5": make_t5()}[base]
+    with pytest.raises(ValueError, match=r"chat_markers need a causal language model, .* that of all tokens"):
+        get_peft_model(base, TRexConfig(chat_markers=MARKERS, task_type=task))
+    assert not any(isinstance(module, TRexLayer) for module in base.modules())
+    get_peft_model(base, TRexConfig(chat_markers=False, task_type=task))
+
+
+def test_embeddings_without_ids_do_not_show_markers(model, kind):
+    embeds = model.get_input_embeddings()(torch.tensor([turn(0)]))
+    for _ in range(2):
+        _, warned = run(lambda: model.generate(inputs_embeds=embeds, max_new_tokens=2, do_sample=False))
+        assert any("got inputs_embeds without input_ids" in text for text in warned) == KINDS[kind][1]
+        kind = "prompt, no markers"
+
+
+def test_an_answer_that_the_prompt_begins_is_an_answer_in_training_too(model, kind):
+    """As after a template's empty thoughts, and where a last message is continued."""
+    begun = [*turn(0), *ANSWERS[1][:2]]
+    ids = torch.tensor([begun + ANSWER])
+    labels = ids.masked_fill(torch.arange(ids.shape[1]) < len(begun), -100)
+    with torch.no_grad():
+        trained = model(input_ids=ids, labels=labels).logits[0, len(begun) - 1 : -1]
+    torch.testing.assert_close(generate(model, begun)[0][0], trained, atol=1e-4, rtol=0)
+
+
+def test_labels_of_a_header_begin_the_answer(model, kind):
+    header, ids = len(turn(0)) - len(HEADER), torch.tensor([turn(0) + ANSWER])
+    labels = ids.masked_fill(torch.arange(ids.shape[1]) < header, -100)
+    scores = {}
+    layer = next(module for module in model.modules() if isinstance(module, TRexLayer))
+    for name, told in (("header", labels), ("none", None), ("message", ids)):
+        handle = layer.register_forward_pre_hook(
+            lambda layer, args, name=name: scores.__setitem__(name, layer._channel.scores("default", args[0]))
+        )
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            model(input_ids=ids, labels=told)
+        handle.remove()
+    if kind == "answer, markers":
+        begins = {name: int(each[0].any(-1).nonzero()[0]) for name, each in scores.items()}
+        assert begins == {"header": header - 1, "none": header, "message": header}
+
+
+def test_what_generate_writes_is_an_answer_without_a_header_too(model, kind):
+    """As where a prompt was rendered without `add_generation_prompt`."""
+    prompt = turn(0)[: -len(HEADER)]
+    expected = torch.tensor([prompt + ANSWER])
+    mask = (torch.arange(expected.shape[1]) >= len(prompt)).long()[None]
+    with torch.no_grad():
+        logits = model(input_ids=expected, completion_mask=mask).logits[0, len(prompt) - 1 : -1]
+    torch.testing.assert_close(generate(model, prompt)[0][0], logits, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("conversation", ["two turns", "three turns", "system and two turns"])
-def test_a_chat_goes_on_from_its_cache(model, kind, conversation):
-    equal, warned = check(model, kind, from_the_previous_turn, conversation, told=False)
+@pytest.mark.parametrize("road", [from_the_previous_turn, from_the_previous_turn_by_hand])
+def test_a_chat_goes_on_from_its_cache(model, kind, road, conversation):
+    equal, warned = check(model, kind, road, conversation, told=False)
     assert equal or any("another prior" in text for text in warned)
     assert equal or not KINDS[kind][1], warned
 
@@ -346,6 +429,29 @@ def test_the_fit_takes_the_latest_message_of_rows_whose_answers_nobody_tells(kin
     for embed, row, number in zip(embeds, rows, message.values(), strict=True):
         tokens = torch.tensor(USERS[number]) if KINDS[kind][1] else row[row != PAD]
         torch.testing.assert_close(embed, table[tokens].mean(0))
+
+
+def test_an_answer_of_an_earlier_turn_is_gone_back_to(model, kind):
+    ids = turn(0, answer=True) + turn(2)
+    cache = model(input_ids=torch.tensor([ids]), use_cache=True)[CACHE]
+    cache.crop(len(turn(0)) - len(ids))
+    logits, warned = run(lambda: by_hand(model, [], cache, answer=[*ANSWER, 1]))
+    tokens = turn(0) + ANSWER
+    with torch.no_grad():
+        expected = judged(model, tokens, list(range(len(turn(0)), len(tokens))), kind)[-len(ANSWER) :]
+    equal = (logits - expected).abs().max().item() < 1e-4
+    assert equal or (not KINDS[kind][1] and any("another prior" in text for text in warned))
+
+
+def test_a_marker_that_is_merged_begins_a_turn_token_by_token():
+    markers = {**MARKERS, "before_merged": BEFORE[:1]}
+    model = adapted(base=make_llama(), fit=False, prior_scope="answer", chat_markers=markers)
+    ids = torch.stack([torch.tensor([*BEFORE, *row, *AFTER, *HEADER]) for row in prompts(32).tolist()])
+    initialize_trex_prior(model, [{"input_ids": ids}], progress=False)
+    tokens = turn(1, answer=True) + BEFORE[:1] + turn(2)[len(BEFORE) :]
+    with torch.no_grad():
+        logits = by_hand(model, in_pieces(tokens, 1))
+    torch.testing.assert_close(logits, generate(model, tokens)[0][0], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("road", [from_a_shared_prefix, from_a_cropped_cache])

@@ -1,5 +1,6 @@
 """The semantic prior: which tokens are the prompt, what is clustered, and what is refused."""
 
+import warnings
 from functools import partial
 
 import numpy as np
@@ -231,6 +232,8 @@ def test_a_layer_finds_its_rows_of_a_packed_prior():
     with_prior = partial(channel.run, ForwardState({"a": scores}, 2, (3,)), channel.scores, "a")
     assert with_prior(torch.zeros(2, 3, 5)).equal(scores)
     assert with_prior(torch.zeros(6, 5)).equal(scores.reshape(6, 4))
+    # What all rows share has no prior.
+    assert with_prior(torch.zeros(1, 3, 5)) is None
     for shape in ((2, 5), (3, 5), (2, 1, 5), (3, 2, 5), (2, 3, 1, 5)):
         with pytest.raises(ValueError, match="which prompt each row belongs to"):
             with_prior(torch.zeros(shape))
@@ -363,6 +366,36 @@ def test_an_all_padding_row_has_no_prior():
     mask[1] = 0
     scores = _scores(model, input_ids=ids, attention_mask=mask)
     assert scores[0].any() and not scores[1].any()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_that_nobody_tells_where_prompts_end_is_said_once(training):
+    """In evaluation too, where scorers come this way."""
+    batch = answered(3)
+    telling = {"labels": batch["labels"]}, {"semantic_prior": 1}
+    cases = (({}, {}, 1), *(({}, told, 0) for told in telling), ({"task_type": "SEQ_CLS"}, {}, 0))
+    for config, told, said in cases:
+        model = adapted(**config).train(training)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                model(input_ids=batch["input_ids"], **told)
+        texts = [str(warning.message) for warning in seen]
+        assert len([text for text in texts if "forward got neither labels nor a completion_mask" in text]) == said
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_found_without_a_mask(side):
+    """Runs of the pad token at the ends of a row; within a prompt it is a token like any other."""
+    model, row = adapted(), torch.tensor([5, 6, PAD, PAD, 7, 20])
+    padded, mask = pad_to(row, 9, side)
+    for ids, attended in ((padded, mask), (prompts(1)[0], torch.ones(9))):
+        expected = _scores(model, input_ids=ids[None], attention_mask=attended[None])
+        torch.testing.assert_close(_scores(model, input_ids=ids[None]), expected)
+    assert not torch.allclose(expected, _scores(model, input_ids=padded[None]))
+    model.get_base_model().generation_config.eos_token_id = PAD
+    everything = {"input_ids": padded[None], "attention_mask": torch.ones(1, 9)}
+    torch.testing.assert_close(_scores(model, input_ids=padded[None]), _scores(model, **everything))
 
 
 def test_unfitted_counts_as_zero_and_warns_once():

@@ -7,6 +7,7 @@ import inspect
 import pickle
 import sys
 import threading
+import warnings
 import weakref
 
 import pytest
@@ -16,12 +17,16 @@ from transformers import (
     BertConfig,
     BertModel,
     DynamicCache,
+    GitConfig,
+    GitForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
 )
 
 from peft_trex import TRexLayer, initialize_trex_prior, steer_trex
@@ -75,6 +80,11 @@ def test_repeated_rows_keep_their_prior(model):
     expected = step(model, copy.deepcopy(cache), TOKENS).repeat_interleave(2, 0)
     cache.batch_repeat_interleave(2)
     torch.testing.assert_close(step(model, cache, TOKENS.repeat_interleave(2, 0)), expected)
+    chosen = torch.tensor([1, 4])
+    cache = filled(model)
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(chosen)
+    torch.testing.assert_close(step(model, cache, TOKENS.repeat_interleave(2, 0)[chosen]), expected[chosen])
     fewer = filled(model)
     fewer.batch_select_indices(torch.tensor([1]))
     torch.testing.assert_close(step(model, fewer, TOKENS[1:2]), expected[2:3])
@@ -135,6 +145,8 @@ def test_rows_that_a_cache_does_not_have_are_refused(model):
     cache.batch_select_indices(torch.tensor([0, 1]))
     with pytest.raises(ValueError, match=r"3 rows, but the prior was computed for 2 prompts"):
         step(model, cache, TOKENS)
+    with pytest.raises(ValueError, match=r"3 rows, but the prior was computed for 2 prompts"):
+        model.generate(torch.cat([ROWS, TOKENS], 1), max_new_tokens=2, **{CACHE: cache})
     assert_idle(model)
 
 
@@ -151,6 +163,23 @@ def test_an_encoder_decoders_cache():
         swapped = (encoded.last_hidden_state[order],)
         got = t5(encoder_outputs=swapped, decoder_input_ids=TOKENS[order], past_key_values=cache).logits
     torch.testing.assert_close(got, expected[order])
+
+
+def test_an_encoder_decoders_scope_answer():
+    """Nothing of the prompt is an answer, and all of what the decoder writes is."""
+    models = {scope: adapted("t5", prior_scope=scope) for scope in ("prompt", "answer")}
+    ids = {"input_ids": ROWS, "decoder_input_ids": ROWS[:, :4]}
+    encoded, logits = {}, {}
+    with torch.no_grad():
+        for scope, model in models.items():
+            encoder = model.get_base_model().get_encoder()
+            encoded[scope] = [encoder(input_ids=ROWS, semantic_prior=c).last_hidden_state for c in (0, 1)]
+            logits[scope] = [model(**ids, semantic_prior=cluster).logits for cluster in (0, 1)]
+        own = models["answer"](**ids).logits
+        alone = [models["answer"](**{name: value[row : row + 1] for name, value in ids.items()}) for row in range(3)]
+    assert torch.equal(*encoded["answer"]) and not torch.allclose(*encoded["prompt"])
+    assert not torch.allclose(*logits["answer"]) and not torch.allclose(own, logits["answer"][0])
+    torch.testing.assert_close(own, torch.cat([output.logits for output in alone]), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.skipif(BEFORE_5, reason="Mamba wants a cache_position in each forward before transformers 5")
@@ -187,6 +216,53 @@ def test_a_sliding_windows_cache():
     assert torch.equal(torch.cat(tokens, 1), expected)
 
 
+def test_lists_of_states_are_caches():
+    """RWKV's state, as a kind of its own: it cannot carry anything."""
+    config = RwkvConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, context_length=64, pad_token_id=PAD, eos_token_id=2
+    )
+    torch.manual_seed(0)
+    model = adapted(base=RwkvForCausalLM(config).eval())
+    seen = []
+    layer = next(module for module in model.modules() if isinstance(module, TRexLayer))
+    layer.register_forward_pre_hook(lambda layer, args: seen.append(layer._channel.scores("default", args[0])))
+    model.generate(ROWS, max_new_tokens=5, do_sample=False, eos_token_id=None)
+    assert len(seen) == 5 and all(torch.equal(scores, seen[0]) for scores in seen)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*neither labels nor")
+        state = model(input_ids=ROWS, use_cache=True).state
+    with pytest.warns(UserWarning, match="cache whose prompt T-REX did not see"):
+        model(input_ids=TOKENS, state=state)
+
+
+def test_a_shallow_copy_of_a_cache_that_is_gone(model):
+    cache = filled(model)
+    copied = copy.copy(cache)
+    del cache
+    with pytest.raises(RuntimeError, match=r"crop was called on a shallow copy .*use copy\.deepcopy"):
+        copied.crop(-1)
+
+
+def test_a_prior_that_is_given_needs_no_mask_of_tokens(model):
+    mask = torch.ones(9, 9, dtype=torch.bool).tril().expand(3, 1, 9, 9)
+    torch.testing.assert_close(run(model, semantic_prior=1, attention_mask=mask), run(model, semantic_prior=1))
+    with pytest.raises(ValueError, match="needs a mask of shape"):
+        run(model, attention_mask=mask)
+
+
+def test_a_tower_within_the_text_model_sees_no_prior():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = {**sizes, "image_size": 8, "patch_size": 4}
+    torch.manual_seed(0)
+    model = adapted(
+        base=GitForCausalLM(GitConfig(vision_config=vision, vocab_size=64, pad_token_id=PAD, **sizes)).eval()
+    )
+    pixels, seen = torch.randn(3, 3, 8, 8), []
+    model.get_base_model().git.image_encoder.register_forward_hook(lambda *args: seen.append(args[2][0]))
+    logits = [run(model, pixel_values=pixels, semantic_prior=cluster) for cluster in (0, 1)]
+    assert torch.equal(*seen) and not torch.allclose(*logits)
+
+
 class Within(LogitsProcessor):
     """Runs something within a generate call, after its first forward."""
 
@@ -217,11 +293,12 @@ OTHER = ROWS[1:2, :5]
     [
         lambda model: lambda _: model(input_ids=OTHER).logits,
         lambda model: lambda _: model(input_ids=OTHER, semantic_prior=2).logits,
+        lambda model: lambda _: model(input_ids=ROWS[:1], semantic_prior=2).logits,
         lambda model: lambda _: model(input_ids=ROWS).logits,
         lambda model: lambda _: model.generate(OTHER, max_new_tokens=4, do_sample=False).float(),
         lambda model: lambda _: step(model, filled(model, OTHER), TOKENS[:1]),
     ],
-    ids=["forward", "steered forward", "more rows", "generate", "a cache of its own"],
+    ids=["forward", "steered forward", "its own prompt steered", "more rows", "generate", "a cache of its own"],
 )
 def test_a_call_within_generate_has_its_own_prior(model, action, use_cache):
     plain, _ = generate(model, use_cache=use_cache)
@@ -290,16 +367,18 @@ def test_guidance_runs_its_negative_prompt_with_its_own_prior(model):
         torch.testing.assert_close(scores, logits[1] + 1.7 * (logits[0] - logits[1]))
 
 
-def test_a_forward_within_a_forward(model):
+@pytest.mark.parametrize("part", ["model", "backbone"])
+def test_a_forward_within_a_forward(model, part):
     layer = next(module for module in model.modules() if isinstance(module, TRexLayer))
+    called = model if part == "model" else model.get_base_model().model
     with torch.no_grad():
-        plain, alone = model(input_ids=ROWS).logits, model(input_ids=OTHER).logits
+        plain, alone = model(input_ids=ROWS).logits, called(input_ids=OTHER)[0]
         inner = []
 
         def run(*_):
             if not inner:
                 inner.append(None)
-                inner[0] = model(input_ids=OTHER).logits
+                inner[0] = called(input_ids=OTHER)[0]
 
         handle = layer.register_forward_pre_hook(run)
         outer = model(input_ids=ROWS).logits

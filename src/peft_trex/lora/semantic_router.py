@@ -258,8 +258,7 @@ def _check_hashes(folder: Path, adapters: bool) -> None:
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
-    problem = f"is damaged ({error}; {path.stat().st_size} bytes), cut short perhaps: restore it from its origin"
-    return ValueError(f"The file {path} {problem}. {EXPORT}.")
+    return ValueError(f"The file {path} is damaged ({error}; {path.stat().st_size} bytes): restore it. {EXPORT}.")
 
 
 def _check(path: Path, holds: bool, content: str, expected: str) -> None:

@@ -83,6 +83,21 @@ class Adapters:
             return task == TaskType.CAUSAL_LM
         return isinstance(self.base, PreTrainedModel) and self.base.can_generate()
 
+    def check(self, config: Any) -> None:
+        """Raise a ValueError if an adapter's configuration asks for answers or chats, and the model has none."""
+        causal = not self.two_sided and self.is_causal_task(config.task_type)
+        found = f"This is a {type(self.base).__name__}, task_type={config.task_type!r}"
+        if config.prior_scope == "answer" and not (causal or self.two_sided):
+            raise ValueError(
+                "prior_scope='answer' needs a model that writes answers: a causal language model or an "
+                f"encoder-decoder. {found}; leave prior_scope='prompt'."
+            )
+        if config.chat_markers and not causal:
+            raise ValueError(
+                f"chat_markers need a causal language model, whose rows are chats. {found}; leave them out: the prior "
+                "is then that of all tokens of a row."
+            )
+
     def embedding(self) -> nn.Embedding | None:
         """The base model's frozen token embedding, or None for a model without one."""
         return find_embedding(self.base)

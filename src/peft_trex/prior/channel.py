@@ -65,6 +65,7 @@ class _Running(threading.local):
         return _Running, ()
 
 
+@dataclass(eq=False)
 class Block:
     """A block of `steer_trex`, told from others by identity.
 
@@ -75,10 +76,9 @@ class Block:
         astray: whether it was entered while another block ran in this thread, but not around it.
     """
 
-    def __init__(self, override: Override) -> None:
-        self.override = override
-        self.runs = False
-        self.astray = False
+    override: Override
+    runs: bool = False
+    astray: bool = False
 
 
 def _running_blocks(blocks: tuple[Block, ...]) -> tuple[Block, ...]:

@@ -120,7 +120,7 @@ def chat_markers(tokenizer: Any) -> dict[str, list[int]]:
     A few made-up conversations are rendered, and what is common to all of them is kept. The result is tried on these
     conversations: the markers must find each message, whole and alone. They are as short as special tokens allow, so
     that an answer that was cut off, say, does not hide the message after it. A message that holds a marker itself is
-    taken for several.
+    taken for several, and what a template writes as a user's message is one: a tool's result, with Qwen's template.
 
     Args:
         tokenizer: a tokenizer (or a processor with one) that has a chat template.
@@ -145,23 +145,27 @@ def chat_markers(tokenizer: Any) -> dict[str, list[int]]:
 
 def find_markers(tokenizer: Any) -> tuple[ChatMarkers, str | None]:
     """The markers as [`chat_markers`] finds them, and what its user has to know of them, if anything."""
-    render = _renderer(tokenizer)
+    # A processor holds a tokenizer, and has the template.
+    encoder = getattr(tokenizer, "tokenizer", tokenizer)
+    render = _renderer(tokenizer, encoder)
     first = [_user(USERS[0]), _assistant(ANSWERS[0])]
     histories: list[Conversation] = [[], first, [*first, _user(USERS[1]), _assistant(ANSWERS[1])]]
     system = [{"role": "system", "content": SYSTEM}]
-    # Some templates refuse a system prompt.
-    if not _renders(render, [*system, _user(USERS[0])]):
-        return _search(tokenizer, render, histories), None
     try:
-        return _search(tokenizer, render, [*histories, system]), None
+        render([*system, _user(USERS[0])])
     except ValueError:
-        return _search(tokenizer, render, histories), (
-            "The chat template does not tell a system prompt from the first user's message, so a system prompt is "
-            "pooled with it, and moves the prior of its turn."
+        # Some templates refuse a system prompt.
+        return _search(encoder, render, histories), None
+    try:
+        return _search(encoder, render, [*histories, system]), None
+    except ValueError:
+        return _search(encoder, render, histories), (
+            "The chat template does not tell a system prompt from a user's message, so a system prompt is pooled with "
+            "it, and moves the prior of its turn."
         )
 
 
-def _search(tokenizer: Any, render: Render, histories: list[Conversation]) -> ChatMarkers:
+def _search(encoder: Any, render: Render, histories: list[Conversation]) -> ChatMarkers:
     """The markers that hold after each of these histories; a ValueError where there are none."""
     befores, afters, closings = _surroundings(render, histories, USERS)
     before, middle = _common_end(befores), _common_start(afters)
@@ -171,13 +175,12 @@ def _search(tokenizer: Any, render: Render, histories: list[Conversation]) -> Ch
     after = _common_start([middle, *closings])
     merged_befores, merged_afters, _ = _surroundings(render, histories, USERS + EDGES)
     # So many tokens of a marker may merge with a message's edge: those that do so here, and all whitespace.
-    head = max(len(long) - len(short) for long, short in zip(befores, merged_befores, strict=True))
-    head = max(head, _whitespace(tokenizer, before[::-1]))
-    tail = max(len(long) - len(short) for long, short in zip(afters, merged_afters, strict=True))
-    tail = max(tail, _whitespace(tokenizer, middle))
+    head, tail = _whitespace(encoder, before[::-1]), _whitespace(encoder, middle)
+    head = max(head, *(len(long) - len(short) for long, short in zip(befores, merged_befores, strict=True)))
+    tail = max(tail, *(len(long) - len(short) for long, short in zip(afters, merged_afters, strict=True)))
     # Where a short text alone follows a message, such as a line's end, the message may hold it too.
     lengths = sorted({len(after), len(middle)} - {0})
-    starts = _starts(tokenizer, before)
+    starts = _starts(encoder, before)
     for users in (USERS + EDGES, USERS):
         for length, start in product(lengths, starts):
             markers = ChatMarkers(tuple(before[start:]), tuple(middle[:length]), tuple(middle[length:]))
@@ -186,11 +189,11 @@ def _search(tokenizer: Any, render: Render, histories: list[Conversation]) -> Ch
                     before_merged=markers.before[:-head] if head else (),
                     after_merged=markers.after[tail:] if tail else (),
                 )
-            if all(_holds(markers, tokenizer, render, history, users) for history in histories):
+            if all(_holds(markers, encoder, render, history, users) for history in histories):
                 return markers
     raise ValueError(
         "The tokens that the chat template puts around a user's message do not tell it from what is around it: "
-        f"before it {_shown(tokenizer, before)}, after it {_shown(tokenizer, middle)}."
+        f"before it {encoder.decode(before)!r}, after it {encoder.decode(middle)!r}."
     )
 
 
@@ -214,15 +217,13 @@ def _surroundings(
     return befores, [*middles, *headers], closings
 
 
-def _whitespace(tokenizer: Any, ids: list[int]) -> int:
+def _whitespace(encoder: Any, ids: list[int]) -> int:
     """The number of tokens at the beginning that are whitespace."""
-    decode = getattr(tokenizer, "tokenizer", tokenizer).decode
-    return next((place for place, token in enumerate(ids) if decode([token]).strip()), len(ids))
+    return next((place for place, token in enumerate(ids) if encoder.decode([token]).strip()), len(ids))
 
 
-def _starts(tokenizer: Any, before: list[int]) -> list[int]:
+def _starts(encoder: Any, before: list[int]) -> list[int]:
     """The places where what stands before a message may be cut, the last first: those of special tokens, and 0."""
-    encoder = getattr(tokenizer, "tokenizer", tokenizer)
     special = {*getattr(encoder, "all_special_ids", ()), *getattr(encoder, "added_tokens_decoder", ())}
     return sorted({0} | {place for place, token in enumerate(before) if token in special}, reverse=True)
 
@@ -235,11 +236,10 @@ def _assistant(text: str) -> Message:
     return {"role": "assistant", "content": text}
 
 
-def _renderer(tokenizer: Any) -> Render:
+def _renderer(tokenizer: Any, encoder: Any) -> Render:
     """A function from a conversation to its token ids, which raises a ValueError if the template does not take it."""
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(f"The {type(tokenizer).__name__} has no chat template, so it has no chat markers.")
-    encode = getattr(tokenizer, "tokenizer", tokenizer)
 
     def text_of(conversation: Conversation, answer_next: bool) -> str:
         try:
@@ -264,29 +264,22 @@ def _renderer(tokenizer: Any) -> Render:
 
     def render(conversation: Conversation, answer_next: bool = False) -> list[int]:
         text = text_of(in_pieces(conversation) if pieces else conversation, answer_next)
-        return list(encode(text, add_special_tokens=False)["input_ids"])
+        return list(encoder(text, add_special_tokens=False)["input_ids"])
 
     return render
 
 
-def _renders(render: Render, conversation: Conversation) -> bool:
-    try:
-        render(conversation)
-    except ValueError:
-        return False
-    return True
-
-
-def _holds(markers: ChatMarkers, tokenizer: Any, render: Render, history: Conversation, users: Sequence[str]) -> bool:
+def _holds(markers: ChatMarkers, encoder: Any, render: Render, history: Conversation, users: Sequence[str]) -> bool:
     """Whether the markers find each user's message of some conversations, and where the answer begins."""
-    decode = getattr(tokenizer, "tokenizer", tokenizer).decode
     for text, answer in zip(users, cycle(ANSWERS), strict=False):
         asked = render([*history, _user(text)], True)
         for ids in (asked, render([*history, _user(text), _assistant(answer)])):
             row = torch.tensor([ids])
             chat = markers.find(row, torch.zeros(len(ids), dtype=torch.long))
             messages = [
-                decode(row[0, begin:end][chat.inside[begin:end]].tolist(), clean_up_tokenization_spaces=False).strip()
+                encoder.decode(
+                    row[0, begin:end][chat.inside[begin:end]].tolist(), clean_up_tokenization_spaces=False
+                ).strip()
                 for begin, end in pairwise([*chat.starts.nonzero().flatten().tolist(), len(ids)])
             ]
             wanted = [turn["content"].strip() for turn in [*history, _user(text)] if turn["role"] == "user"]
@@ -294,10 +287,6 @@ def _holds(markers: ChatMarkers, tokenizer: Any, render: Render, history: Conver
             if messages != wanted or (ids is asked and not chat.answers[-1]):
                 return False
     return True
-
-
-def _shown(tokenizer: Any, ids: list[int]) -> str:
-    return repr(getattr(tokenizer, "tokenizer", tokenizer).decode(ids))
 
 
 def _common_start(rows: Iterable[list[int]]) -> list[int]:
@@ -319,7 +308,7 @@ def check_markers(value: Any) -> None:
     fields = ChatMarkers._fields
     whole = isinstance(value, Mapping) and set(fields) - MERGED <= set(value) <= set(fields)
     whole = whole and all(
-        isinstance(ids, (list, tuple)) and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids)
+        isinstance(ids, (list, tuple)) and all(type(token) is int and token >= 0 for token in ids)
         for ids in value.values()
     )
     markers = ChatMarkers.of(value) if whole else None

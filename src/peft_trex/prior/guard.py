@@ -27,6 +27,10 @@ class Guard:
     """Stands for a module's forward, to see what hooks do not: calls of `.forward`, and whatever ends them.
 
     Where accelerate keeps the forward that it has wrapped, the guard stands there, and so outlives accelerate's hooks.
+
+    Args:
+        watch: opens and closes the module's forwards.
+        module: the module.
     """
 
     def __init__(self, watch: Watch, module: Any) -> None:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 # A key-value cache, or an encoder's output, carries the history of its rows under this name.
 HISTORY = "_trex_history"
+# The scores of each adapter; None counts as zero.
+Scores: TypeAlias = Mapping[str, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -45,30 +47,26 @@ class Content:
 
     def with_more(self, more: Content, attended: Tensor | None = None) -> Content:
         """These tokens and then those; `attended` (B, T) may say of all of them which are no padding."""
-        if self.answered is None and more.answered is None:
-            answered = None
-        else:
-            sides = [
-                side.attended.new_zeros(side.attended.shape) if side.answered is None else side.answered
-                for side in (self, more)
-            ]
+        answered = None
+        if self.answered is not None or more.answered is not None:
+            sides = [torch.zeros_like(s.attended) if s.answered is None else s.answered for s in (self, more)]
             answered = torch.cat(sides, 1)
         present = torch.cat([self.attended, more.attended], 1) if attended is None else attended
         return Content((*self.pieces, *more.pieces), present, answered)
 
     def change(self, move: Callable[[Tensor], Tensor]) -> Content:
-        """The same for other rows, or fewer tokens."""
+        """The same for other rows."""
         whole = (torch.cat(self.pieces, 1),) if self.ids is not None else self.pieces
         answered = None if self.answered is None else move(self.answered)
         return Content(tuple(move(piece) for piece in whole), move(self.attended), answered)
 
     def cut(self, length: int) -> Content:
         """The first tokens."""
-        pieces, left = [], length
+        pieces, start = [], 0
         for piece in self.pieces:
-            if left > 0:
-                pieces.append(piece[:, :left])
-                left -= piece.shape[1]
+            if start < length:
+                pieces.append(piece[:, : length - start])
+            start += piece.shape[1]
         answered = None if self.answered is None else self.answered[:, :length]
         return Content(tuple(pieces), self.attended[:, :length], answered)
 
@@ -78,74 +76,80 @@ class History:
     """What the rows of a cache have seen.
 
     Attributes:
-        last: for each adapter (B, K), the prior of the turn that is running; None counts as zero.
+        last: for each adapter (B, K), the prior of the turn that is running.
         content: the rows' tokens; None where they are not known, as in compiled forwards.
-        seen: for each piece of the content, the scores that its tokens had, (B, K) or (B, T_i, K), by adapter.
+        seen: for each adapter (B, T, K), the scores that the tokens of the content had.
         begun: whether the answers of all rows have begun, () bool if it is a tensor.
         is_cut: whether more than the end of an answer was taken away, so that another turn may be running than that
             of `last`.
     """
 
-    last: Mapping[str, Tensor | None]
+    last: Scores
     content: Content | None = None
-    seen: tuple[tuple[Mapping[str, Tensor | None], int], ...] = ()
+    seen: Scores | None = None
     begun: Tensor | bool = True
     is_cut: bool = False
 
     @property
     def rows(self) -> int:
-        """B, or 1 where no adapter has a prior."""
+        """B; 1 where neither tokens nor a prior tell it."""
+        if self.content is not None:
+            return len(self.content.attended)
         return next((len(score) for score in self.last.values() if score is not None), 1)
+
+    def for_rows(self, rows: int) -> History:
+        """The same for a call of so many rows: beams and returned sequences stand beside each other."""
+        times = repeats(rows, self.rows)
+        return self if times == 1 else self.change(lambda tensor: tensor.repeat_interleave(times, 0))
 
     def change(self, move: Callable[[Tensor], Tensor]) -> History:
         """The same for other rows."""
-
-        def moved(scores: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
-            return {name: None if score is None else move(score) for name, score in scores.items()}
-
         content = None if self.content is None else self.content.change(move)
-        seen = tuple((moved(scores), n) for scores, n in self.seen)
-        return replace(self, last=moved(self.last), content=content, seen=seen)
+        seen = None if self.seen is None else change_scores(self.seen, move)
+        return replace(self, last=change_scores(self.last, move), content=content, seen=seen)
 
     def cut(self, length: int) -> History | None:
         """The history of the first tokens; None where it is not known."""
-        if self.content is None or length > self.content.length:
+        if self.content is None or self.seen is None or length > self.content.length:
             return None
         if length == self.content.length:
             return self
-        seen = [{name: _in_all(score, n) for name, score in scores.items()} for scores, n in self.seen]
-        kept, left = [], length
-        for scores, (_, n) in zip(seen, self.seen, strict=True):
-            width = min(n, left)
-            if width > 0:
-                cut = {name: None if score is None else score[:, :width] for name, score in scores.items()}
-                kept.append((cut, width))
-                left -= width
         # What drafts or tries tokens takes them away again, and the turn that they answered goes on.
         answered, dropped = self.content.answered, ~self.content.attended[:, length:]
         inside = answered is not None and bool((dropped | answered[:, length:]).all())
-        return replace(self, content=self.content.cut(length), seen=tuple(kept), is_cut=self.is_cut or not inside)
+        seen = change_scores(self.seen, lambda scores: scores[:, :length])
+        return replace(self, content=self.content.cut(length), seen=seen, is_cut=self.is_cut or not inside)
 
-    def seen_by(self, name: str) -> Tensor | None:
-        """(B, T, K), the scores that all tokens had for an adapter; None where they are not known."""
-        pieces = [_in_all(scores.get(name), n) for scores, n in self.seen]
-        width = next((piece.shape[-1] for piece in pieces if piece is not None), None)
-        if width is None or self.content is None:
-            return None
-        rows = self.content.attended.shape[0]
-        device = next(piece.device for piece in pieces if piece is not None)
-        return torch.cat(
-            [
-                torch.zeros(rows, n, width, device=device) if piece is None else piece
-                for piece, (_, n) in zip(pieces, self.seen, strict=True)
-            ],
-            1,
+
+def change_scores(scores: Scores, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor | None]:
+    """Each adapter's scores, changed where there are any."""
+    return {name: None if score is None else change(score) for name, score in scores.items()}
+
+
+def see_more(seen: Scores | None, scores: Scores, tokens: int) -> Scores:
+    """What all tokens have seen, (B, T, K), with so many more of the scores (B, K) or (B, tokens, K).
+
+    It is not known for an adapter that had no scores at first.
+    """
+    more = change_scores(scores, lambda score: score if score.dim() == 3 else score[:, None].expand(-1, tokens, -1))
+    if seen is None:
+        return more
+    pairs = {name: (seen.get(name), score) for name, score in more.items()}
+    return {
+        name: None if before is None or after is None else torch.cat([before, after], 1)
+        for name, (before, after) in pairs.items()
+    }
+
+
+def repeats(rows: int, prompts: int) -> int:
+    """How many rows of a call belong to each prompt; a ValueError if they do not divide evenly."""
+    if rows % prompts:
+        raise ValueError(
+            f"The model was called with {rows} rows, but the prior was computed for {prompts} prompts; expected a "
+            "multiple of that (beams, or several sequences for a prompt). Pass semantic_prior for rows that were put "
+            "together otherwise."
         )
-
-
-def _in_all(scores: Tensor | None, tokens: int) -> Tensor | None:
-    """Scores (B, K) or (B, T, K) of T tokens as (B, T, K)."""
-    return scores if scores is None or scores.dim() == 3 else scores[:, None].expand(-1, tokens, -1)
+    return rows // prompts
 
 
 def attach(cache: Any, history: History | None) -> None:
@@ -169,14 +173,14 @@ def history_of(cache: Any) -> History | None:
 
 
 def cached_tokens(cache: Any) -> int | None:
-    """The number of tokens in a cache; None where there is none, or it does not say."""
+    """The number of tokens in a cache; None where it does not say."""
+    # Lists of states, and some caches of state-space models, have no length.
     if not hasattr(cache, "get_seq_length"):
         return None
     try:
         length = cache.get_seq_length()
     except ValueError:
-        # Caches of state-space models have no length.
-        return None
+        return None if cache.has_previous_state() else 0
     # A static cache's length is a tensor, which a compiled graph cannot look at.
     return None if isinstance(length, Tensor) and torch.compiler.is_compiling() else int(length)
 
@@ -192,13 +196,16 @@ class Move:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cache = self._cache()
-        assert cache is not None
+        if cache is None:
+            raise RuntimeError(
+                f"{self._name} was called on a shallow copy of a cache that is gone; use copy.deepcopy."
+            )
         history = history_of(cache)
         # What fails half-way must not keep a history that may not fit any more.
         attach(cache, None)
         result = getattr(type(cache), self._name)(cache, *args, **kwargs)
         if history is not None:
-            attach(cache, MOVES[self._name](cache, history, (*args, *kwargs.values())))
+            attach(cache, MOVES[self._name](cache, history, *args, *kwargs.values()))
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -209,23 +216,19 @@ class Move:
         return getattr, (self._cache(), self._name)
 
 
-def _select(cache: Any, history: History, args: tuple) -> History:
-    return history.change(lambda tensor: tensor[torch.as_tensor(args[0]).to(tensor.device)])
+def _select(cache: Any, history: History, rows: Any) -> History:
+    return history.change(lambda tensor: tensor[torch.as_tensor(rows).to(tensor.device)])
 
 
-def _repeat(cache: Any, history: History, args: tuple) -> History:
-    return history.change(lambda tensor: tensor.repeat_interleave(args[0], dim=0))
-
-
-def _crop(cache: Any, history: History, args: tuple) -> History | None:
+def _crop(cache: Any, history: History, *_: Any) -> History | None:
     length = cached_tokens(cache)
     return None if length is None else history.cut(length)
 
 
-MOVES: dict[str, Callable[[Any, History, tuple], History | None]] = {
+MOVES: dict[str, Callable[..., History | None]] = {
     "reorder_cache": _select,
     "batch_select_indices": _select,
-    "batch_repeat_interleave": _repeat,
+    "batch_repeat_interleave": lambda cache, history, n: history.change(lambda tensor: tensor.repeat_interleave(n, 0)),
     "crop": _crop,
-    "reset": lambda cache, history, args: None,
+    "reset": lambda cache, history: None,
 }

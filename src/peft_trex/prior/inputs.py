@@ -20,8 +20,8 @@ EMBEDS = "semantic_embeds"
 SEMANTIC_PRIOR = "semantic_prior"
 COMPLETION = "completion_mask"
 # What transformers calls the cache, among a forward's arguments and in its output: the first name since 5.24, where
-# the others are deprecated.
-CACHES = ("cache", "past_key_values", "cache_params")
+# the next two are deprecated. The others are lists of states, of RWKV and Reformer.
+CACHES = ("cache", "past_key_values", "cache_params", "state", "past_buckets_states")
 # Arguments that say where sequences begin in a packed row, beside position_ids.
 BOUNDARIES = ("cu_seq_lens_q", "seq_idx")
 # Arguments whose first axes are the rows and the tokens of a call, the ones that its layers see first.
@@ -46,7 +46,6 @@ class Inputs:
         caches: the key-value caches that the call goes on from.
         encoded: an encoder's output, which may come in the place of its run.
         decoder_mask, decoder_ids: of the decoder of an encoder-decoder model.
-        pixels: images.
         rows: B, also of models without tokens.
         lengths: T of each argument that has rows and tokens.
         given: the names of all arguments that are not None.
@@ -64,7 +63,6 @@ class Inputs:
     encoded: Any = None
     decoder_mask: Any = None
     decoder_ids: Any = None
-    pixels: Any = None
     rows: int = 1
     lengths: tuple[int, ...] = ()
     given: tuple[str, ...] = ()
@@ -89,7 +87,6 @@ class Inputs:
             encoded=arguments.get("encoder_outputs"),
             decoder_mask=arguments.get("decoder_attention_mask"),
             decoder_ids=arguments.get("decoder_input_ids"),
-            pixels=arguments.get("pixel_values"),
             rows=sized[0].shape[0] if sized else 1,
             lengths=tuple(value.shape[1] for value in sized if value.dim() > 1),
             given=tuple(sorted(name for name, value in arguments.items() if value is not None)),
@@ -116,10 +113,17 @@ class Inputs:
         told_by = (self.labels, self.positions, self.completion_mask)
         return find_prompts(self.tokens, self.mask, *told_by, markers=markers, prefix=prefix and not self.told)
 
+    @property
+    def in_rows(self) -> bool:
+        """Whether there are tokens, and a mask of other axes than theirs does not hide which of them are padding."""
+        tokens = self.tokens
+        plain = self.mask is None or (isinstance(self.mask, Tensor) and self.mask.dim() == 2)
+        return plain and isinstance(tokens, Tensor) and tokens.dim() == 2
+
     def content(self, causal: bool = True) -> Content | None:
         """The tokens of this call; None without any, or with axes in which there are no rows of tokens."""
         piece = self.embeds if self.ids is None else self.ids
-        if not isinstance(piece, Tensor) or piece.dim() < 2:
+        if not self.in_rows:
             return None
         answered = find_answered(self.tokens, self.labels, self.completion_mask) if causal else None
         return Content((piece,), find_attended(self.tokens, self.mask), answered)
@@ -152,11 +156,11 @@ class Inputs:
 
     def packed_prompts(self, values: int) -> Prompts | None:
         """Where the prompts are, for which so many values were given, if rows hold several; None otherwise."""
-        if self.positions is None or self.tokens is None or (isinstance(self.mask, Tensor) and self.mask.dim() != 2):
+        if self.positions is None or not self.in_rows:
             return None
         prompts = self.prompts(causal=False)
         if prompts.sequence is not None and torch.compiler.is_compiling():  # a compiled forward cannot count
-            return None if values == self.rows else prompts.with_sequences(values)
+            return None if values == self.rows else replace(prompts, sequences=values)
         return None if prompts.sequence is None else prompts
 
 
@@ -172,4 +176,5 @@ def caches_in(values: Any) -> list[Any]:
         return [value for value in values if hasattr(value, "get_seq_length")]
     # An output warns about the old names where it is asked for them, so it is not asked but read.
     named = values if isinstance(values, Mapping) else getattr(values, "__dict__", {})
-    return [value for name, value in named.items() if name in CACHES and value is not None]
+    found = [value for name, value in named.items() if name in CACHES]
+    return [value for value in found if value is not None and not isinstance(value, Tensor)]

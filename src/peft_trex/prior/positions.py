@@ -2,47 +2,35 @@
 
 from __future__ import annotations
 
-import ast
+import re
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..source import called_on_self, methods_of_forward
+from ..source import code_of_forward
 from .channel import PriorChannel
 
-# The names that attentions have for relative positions (1, L, D).
-NAMES = {"rel_embeddings", "relative_position_embeddings", "position_embeddings", "pos_emb"}
+# A call on the module itself, and its first argument where that is relative positions (1, L, D), by the names that
+# attentions have for them.
+CALL = re.compile(
+    r"\bself\.(\w+)\((?:(rel_embeddings|relative_position_embeddings|position_embeddings|pos_emb)(?![\w=]))?"
+)
 
 
-def position_layers(kind: type[nn.Module]) -> tuple[frozenset[str], frozenset[str]]:
+def position_layers(kind: type[nn.Module]) -> tuple[set[str], set[str]]:
     """The attributes of a class of modules that its forward calls with relative positions alone, and with both.
 
     In the second, hidden states come first: DeBERTa's shared keys (`share_att_key`). The source tells it.
     """
-    positions: set[str] = set()
-    others: set[str] = set()
-    for function in methods_of_forward(kind):
-        for node in ast.walk(function):
-            name = called_on_self(node)
-            if isinstance(node, ast.Call) and name and node.args:
-                (positions if _root(node.args[0]) in NAMES else others).add(name)
-    return frozenset(positions - others), frozenset(positions & others)
-
-
-def _root(node: ast.AST) -> str | None:
-    """The variable that an expression such as `name[0].unsqueeze(1)` begins with."""
-    while isinstance(node, (ast.Attribute, ast.Subscript, ast.Call)):
-        node = node.func if isinstance(node, ast.Call) else node.value
-    return node.id if isinstance(node, ast.Name) else None
+    calls = CALL.findall(code_of_forward(kind))
+    positions, others = ({name for name, first in calls if bool(first) == wanted} for wanted in (True, False))
+    return positions - others, positions & others
 
 
 class PositionWatch:
     """Keeps what a module is called with, so that its layers tell hidden states from relative positions.
 
     In a batch of several rows the leading axis tells them apart, in one of a single row nothing else does.
-
-    Args:
-        channel: what the layers read.
     """
 
     def __init__(self, channel: PriorChannel) -> None:

@@ -35,6 +35,7 @@ class Prompts:
         earlier: (B, T) bool, the tokens that are pooled for all later turns of their sequence, too; None for none.
         first: (P,), the number of the first turn in the sequence of each turn; None without `earlier`.
         chat: () bool, whether all sequences hold a user's message between markers; None without markers.
+        begun: () bool, whether what follows the last token of each row goes on with an answer; None without markers.
         sequence: (B, T), the number of the packed sequence that each token belongs to; None where rows are not packed.
         sequences: the number of sequences, B where rows are not packed.
     """
@@ -47,12 +48,9 @@ class Prompts:
     earlier: Tensor | None = None
     first: Tensor | None = None
     chat: Tensor | None = None
+    begun: Tensor | None = None
     sequence: Tensor | None = None
     sequences: int = 0
-
-    def with_sequences(self, sequences: int) -> Prompts:
-        """The same prompts, of which the caller knows in how many sequences they are."""
-        return replace(self, sequences=sequences)
 
     def of_last_turns(self) -> Prompts:
         """The prompts of the last turn of each row alone; packed rows keep all."""
@@ -168,7 +166,12 @@ def find_answered(tokens: Tensor, labels: Any, completion_mask: Any) -> Tensor |
         return labels.to(tokens.device) != -100 if labels.shape == tokens.shape else None
     if completion_mask is None:
         return None
-    return _check_completion(completion_mask, tokens).to(tokens.device) != 0
+    wanted = f"expected a tensor of shape (B, T) = {tuple(tokens.shape)}, as input_ids, one where tokens are predicted"
+    if not isinstance(completion_mask, Tensor):
+        raise TypeError(f"completion_mask is a {type(completion_mask).__name__}; {wanted}.")
+    if completion_mask.shape != tokens.shape:
+        raise ValueError(f"completion_mask has shape {tuple(completion_mask.shape)}; {wanted}.")
+    return completion_mask.to(tokens.device) != 0
 
 
 class _Spans:
@@ -208,7 +211,6 @@ def split_turns(
         answered: (B, T) bool, what is predicted; None where nobody says it.
         ids: (B, T), for the markers.
         markers: what stands around a user's message.
-        chat: () bool, whether all sequences hold a user's message between markers; None without markers.
         sequence: (B, T), the number of the packed sequence of each token; None where each row is one.
         least: the tokens that a prompt must have to be told from its answer.
         prefix: whether an answer begins behind a user's message only.
@@ -243,10 +245,10 @@ def split_turns(
     if chat is not None:
         is_chat = sequences.total(chat.opens) > 0
         pooled = torch.where(is_chat, chat.inside & present, pooled)
-        # The caller's word on where an answer begins goes before the markers', where it leaves the message out.
+        # An answer begins behind the assistant's header, or earlier where the caller says so, but not in a message.
         said = (turns.total(predicted) > 0) & (turns.total(predicted & pooled) == 0)
         begun = turns.so_far(predicted) + (F.pad(predicted[1:], (0, 1)) & ~F.pad(starts[1:], (0, 1), value=True)) > 0
-        answers = torch.where(is_chat, torch.where(said, begun, chat.answers), answers & (not prefix))
+        answers = torch.where(is_chat, chat.answers | (said & begun), answers & (not prefix))
         told = told & (answered is not None) | is_chat
 
     # A look at values would break a compiled graph, and wait for a GPU.
@@ -267,6 +269,7 @@ def split_turns(
         earlier=None if earlier is None else earlier.view(shape),
         first=None if earlier is None else index.new_zeros(count).scatter(0, index, index[sequences.first]),
         chat=None if chat is None else (is_chat | ~present).all(),
+        begun=None if chat is None else (answers & present & ~chat.opens).view(shape)[:, -1].all(),
         sequence=sequence,
         sequences=shape[0],
     )
@@ -276,15 +279,6 @@ def strip_padding(ids: Tensor, pad: int) -> Tensor:
     """(B, T) bool: all tokens but the runs of the pad token at both ends of a row."""
     real = ids != pad
     return (real.cumsum(1) > 0) & (real.flip(1).cumsum(1) > 0).flip(1)
-
-
-def _check_completion(completion_mask: Any, tokens: Tensor) -> Tensor:
-    wanted = f"expected a tensor of shape (B, T) = {tuple(tokens.shape)}, as input_ids, one where tokens are predicted"
-    if not isinstance(completion_mask, Tensor):
-        raise TypeError(f"completion_mask is a {type(completion_mask).__name__}; {wanted}.")
-    if completion_mask.shape != tokens.shape:
-        raise ValueError(f"completion_mask has shape {tuple(completion_mask.shape)}; {wanted}.")
-    return completion_mask
 
 
 def find_attended(tokens: Tensor, attention_mask: Any) -> Tensor:

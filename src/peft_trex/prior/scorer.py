@@ -23,11 +23,7 @@ UNTOLD, NO_MESSAGE, SEVERAL = "labels leave no prompt", "no user's message", "se
 
 
 class PromptScorer:
-    """Scores prompts with the priors of a model's adapters, and warns, once, where a prior is not what it should be.
-
-    Args:
-        adapters: the model's.
-    """
+    """Scores prompts with the priors of a model's adapters, and warns once where a prior is not what it should be."""
 
     def __init__(self, adapters: Adapters) -> None:
         self.adapters = adapters
@@ -217,15 +213,25 @@ class PromptScorer:
                 if running is not None and self.adapters.acts_on_answers(name):
                     score = scores[name]
                     whole = running[:, None] if score is None or score.dim() == 2 else score
-                    scores[name] = whole * prompts_of(name).answers.to(running.device)[..., None]
-            chats = [prompts for markers, prompts in split.items() if markers is not None]
+                    answers = prompts_of(name).answers
+                    if not prefix:
+                        # What generate writes behind its prompt is an answer, also without a header before it.
+                        answers = torch.cat([answers[:, :-1], torch.ones_like(answers[:, -1:])], 1)
+                    scores[name] = whole * answers.to(running.device)[..., None]
+            chats = [prompts.begun for prompts in split.values() if prompts.begun is not None]
             if chats:
-                begun = torch.stack([prompts.answers[:, -1:].all() for prompts in chats]).all()
+                begun = torch.stack(chats).all()
         return Scored(scores, last, begun)
 
     def _prompts(self, inputs: Inputs, content: Content | None, markers: ChatMarkers | None, prefix: bool) -> Prompts:
         """Where the prompts are, with a warning where nobody says it."""
         causal = self.adapters.is_causal()
+        if markers is not None and (inputs.ids is None if content is None else content.ids is None):
+            self.warn_once(
+                "markers without ids",
+                "The adapter has chat_markers, which only token ids can show, but a call got inputs_embeds without "
+                "input_ids, so all its tokens are pooled. Pass input_ids too, or semantic_prior.",
+            )
         if content is None:
             prompts = inputs.prompts(causal, markers, prefix)
         else:

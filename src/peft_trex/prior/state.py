@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 
 from ..router_losses import RouterLosses
-from .history import Content, cached_tokens, history_of
+from .history import Content, Scores, cached_tokens, change_scores, history_of, repeats
 from .inputs import SEMANTIC_PRIOR, Inputs
 from .prompts import Prompts
-
-Scores = Mapping[str, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -43,17 +41,8 @@ class ForwardState:
         """The same prompts for a call of `rows` rows: beams and returned sequences stand beside each other."""
         if rows == self.rows:
             return replace(self, lengths=lengths)
-        if rows % self.rows:
-            raise ValueError(
-                f"The model was called with {rows} rows, but the prior was computed for {self.rows} prompts; expected "
-                "a multiple of that (beams, or several sequences for a prompt)."
-            )
-        times = rows // self.rows
-        scores = {
-            name: None if score is None else score.repeat_interleave(times, dim=0)
-            for name, score in self.scores.items()
-        }
-        return ForwardState(scores, rows, lengths)
+        times = repeats(rows, self.rows)
+        return ForwardState(change_scores(self.scores, lambda s: s.repeat_interleave(times, 0)), rows, lengths)
 
 
 @dataclass(frozen=True)
@@ -70,12 +59,17 @@ class Scored:
     last: Scores
     begun: Tensor | bool = True
 
-    def of_last_tokens(self, count: int) -> Scores:
-        """The scores of so many last tokens."""
-        return {
-            name: score[:, -count:] if score is not None and score.dim() == 3 else score
-            for name, score in self.scores.items()
-        }
+    def of_tokens(self, start: int, count: int) -> Scores:
+        """The scores of so many tokens from one on; those behind the last go on with the turn that is running."""
+        scores: dict[str, Tensor | None] = {}
+        for name, score in self.scores.items():
+            last = self.last[name]
+            if score is not None and score.dim() == 3 and last is not None:
+                inside = score[:, start : start + count]
+                new = last[:, None].expand(-1, count - inside.shape[1], -1)
+                score = torch.cat([inside, new], 1) if inside.shape[1] else last
+            scores[name] = score
+        return scores
 
 
 @dataclass
@@ -123,11 +117,10 @@ class Generation:
 
     def state(self, inputs: Inputs) -> ForwardState:
         """The state of one of its forwards: the scores of the tokens that this is called with."""
-        tokens = inputs.tokens
-        if all(score is None or score.dim() == 2 for score in self.scored.scores.values()) or tokens is None:
-            return ForwardState(self.scored.scores, self.rows, kept=self.kept)
-        count = tokens.shape[1]
-        return ForwardState(self._scores(self._start(inputs, count), count), self.rows, kept=self.kept)
+        scores, tokens = self.scored.scores, inputs.tokens
+        if tokens is not None and any(score is not None and score.dim() == 3 for score in scores.values()):
+            scores = self.scored.of_tokens(self._start(inputs, tokens.shape[1]), tokens.shape[1])
+        return ForwardState(scores, self.rows, kept=self.kept)
 
     def _start(self, inputs: Inputs, count: int) -> int:
         """The number of tokens before those of a forward."""
@@ -139,18 +132,6 @@ class Generation:
         start = self.tokens if start is None else start
         self.tokens = start + count
         return start
-
-    def _scores(self, start: int, count: int) -> Scores:
-        scores: dict[str, Tensor | None] = {}
-        for name, score in self.scored.scores.items():
-            if score is not None and score.dim() == 3:
-                last = self.scored.last[name]
-                assert last is not None
-                inside = score[:, start : start + count]
-                new = last[:, None].expand(-1, count - inside.shape[1], -1)
-                score = torch.cat([inside, new], 1) if inside.shape[1] else last
-            scores[name] = score
-        return scores
 
 
 @dataclass(frozen=True)
@@ -168,10 +149,6 @@ class Override:
     def covers(self, adapter_name: str) -> bool:
         """Whether no row is left to its own prompt."""
         return adapter_name in self.scores and self.chosen[adapter_name] is None
-
-    def covers_all(self, names: list[str]) -> bool:
-        """Whether no row of any of these adapters is left to its own prompt."""
-        return all(self.covers(name) for name in names)
 
     @property
     def rows(self) -> int:
