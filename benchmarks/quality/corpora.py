@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import load_dataset
-from quality import micro_tasks, operations
+from quality import micro_tasks, operations, tenants
 
 Row = dict[str, str]
 COLUMNS = ("task", "prompt", "answer")
@@ -21,6 +21,7 @@ COMMON = {"train", "validation", "test", "seed", "tasks"}
 # What the families take besides; the last two are in the language of the micro tier's base model.
 DIALS: dict[str, set[str]] = {
     "generated": {"conflict"},
+    "tenants": {"groups"},
     "folder": set(),
     "hub": set(),
     "conflict": {"pairs", "edits", "orders"},
@@ -74,6 +75,8 @@ def load(settings: Mapping[str, Any], folder: Path | None = None) -> Corpus:
         )
     if family in MICRO:
         return Corpus(**micro_tasks.generate(family, **options), settings=dict(settings))
+    if family == "tenants":
+        return Corpus(**tenants.generate(**options), settings=dict(settings))
     if family == "generated":
         counts = {name: options.pop(name) for name in ("train", "test", "validation") if name in options}
         parts = operations.generate(**counts, **options)
