@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from quality.corpora import Row
 from quality.hydra import HydraConfig
-from speed.variants import LORA, TREX, VARIANTS, Adapted, adapted_of
+from speed.variants import LORA, RECOMMENDED, TREX, VARIANTS, Adapted, adapted_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -53,7 +53,7 @@ class Method:
 
 
 def _trex(**kwargs: Any) -> Callable[[Adapted], PeftConfig]:
-    return lambda on: TRexConfig(**on.kwargs, **on.trex, **kwargs)
+    return lambda on: TRexConfig(**on.kwargs, **{**on.prior, **on.experts, **kwargs})
 
 
 def _lora(r: int, **kwargs: Any) -> Callable[[Adapted], PeftConfig]:
@@ -78,12 +78,23 @@ def _hydra(on: Adapted) -> HydraConfig:
     return HydraConfig(on.kwargs["target_modules"], r=8, heads=6, alpha=16)
 
 
+def _recommended(**kwargs: Any) -> Callable[[Adapted], PeftConfig]:
+    return lambda on: TRexConfig.recommended(**on.kwargs, **on.prior, **kwargs)
+
+
 # The prior decides alone, on whitened directions, at a larger scale.
 SHARP = {"use_router": False, "prior_whitening": 32, "prior_scale": 16.0}
 
 
 METHODS: dict[str, Method] = {
     TREX: Method(_trex()),
+    RECOMMENDED: Method(_recommended()),
+    # what each of its parts does
+    f"{RECOMMENDED}, 16x16": Method(_recommended(r_a=16, r_b=16)),
+    f"{RECOMMENDED}, scale 4": Method(_recommended(prior_scale=4.0)),
+    f"{RECOMMENDED}, unwhitened": Method(_recommended(prior_whitening=None)),
+    f"{RECOMMENDED}, answer": Method(_recommended(prior_scope="answer")),
+    f"{RECOMMENDED}, router": Method(_recommended(use_router=True, init_weights="random_router")),
     # as many experts as fit the parameters of 4 x 8
     "T-REX paired": Method(_trex(expert_layout="paired", r_a=15, r_b=15, num_clusters=15)),
     # a LoRA of rank 15 whose vectors a router weighs: no prior, and no columns of B that stay equal without one
