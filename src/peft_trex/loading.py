@@ -280,7 +280,8 @@ def check_shapes(module: nn.Module, tensors: Mapping[str, Any], prefix: str, *re
         # A prior takes over as many rows of its own as there are, and a layer such static weights.
         if key not in tensors or key.endswith((f".{TOKEN_IDS}", f".{TOKEN_ROWS}")) or f".{STATIC}." in key:
             continue
-        if tensors[key].shape != shape_of(tensor):
+        # Where ZeRO-3 shards parameters, its own files hold as little as they do.
+        if tensors[key].shape not in (shape_of(tensor), tensor.shape):
             raise WrongShape(_misfit(key, tensors[key], tensor))
 
 

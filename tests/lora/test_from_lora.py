@@ -587,7 +587,10 @@ def test_padding_does_not_count_as_prompts():
     ("settings", "message"),
     [
         ({"trainable": "experts"}, "trainable='experts' is unknown; it must be one of all, router"),
-        ({"trainable": "router", "use_router": False}, "nothing that does: use_router=False, and the prior has no"),
+        (
+            {"trainable": "router", "use_router": False},
+            "nothing that does: use_router=False, shared_core=False, and",
+        ),
     ],
 )
 def test_what_cannot_be_trained(settings, message):

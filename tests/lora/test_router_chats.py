@@ -172,13 +172,13 @@ def test_what_the_folder_holds(served):
 
 
 @pytest.mark.parametrize("kind", ["classifier", "encoder-decoder"])
-def test_models_that_pool_all_tokens_in_spite_of_markers(tmp_path, kind):
+def test_models_that_are_no_chats_pool_all_tokens(tmp_path, kind):
     if kind == "classifier":
         config = LlamaConfig(**{**make_llama().config.to_dict(), "num_labels": 3})
         base = LlamaForSequenceClassification(config)
-        model = adapted(base=base, fit=False, task_type=TaskType.SEQ_CLS, chat_markers=MARKERS)
+        model = adapted(base=base, fit=False, task_type=TaskType.SEQ_CLS)
     else:
-        model = adapted("t5", fit=False, chat_markers=MARKERS)
+        model = adapted("t5", fit=False)
     answers = {} if kind == "classifier" else {"decoder_input_ids": torch.ones(1, 3, dtype=torch.long)}
     data = [{"input_ids": row[None], **answers} for row in marked(32)]
     initialize_trex_prior(model, data, progress=False)

@@ -312,7 +312,7 @@ def _check_chat(path: Path, settings: Mapping[str, Any]) -> None:
     whole = whole and all(
         isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids) for ids in markers.values()
     )
-    expected = f"lists of token ids: {', '.join(MARKERS)} (which may be empty), and {' or '.join(MERGED)} if needed"
+    expected = f"lists of token ids {', '.join(MARKERS)}, only the last may be empty, or {' or '.join(MERGED)}"
     _check(path, whole and [] not in (markers["before"], markers["after"]), f"chat_markers={markers!r}", expected)
 
 

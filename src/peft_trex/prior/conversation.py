@@ -105,7 +105,8 @@ class Conversations:
 
     def _history(self, inputs: Inputs, names: list[str], override: Override | None) -> History | None:
         """What a cache, or an encoder's output, among the inputs carries; None without any."""
-        filled = [(cache, tokens) for cache in inputs.caches if (tokens := cached_tokens(cache)) != 0]
+        counted = [(cache, cached_tokens(cache)) for cache in inputs.caches]
+        filled = [(cache, tokens) for cache, tokens in counted if tokens != 0]
         for source, tokens in (*filled, (inputs.encoded, None)):
             history = history_of(source)
             if history is None or not set(names) <= set(history.last):
