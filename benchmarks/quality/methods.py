@@ -53,7 +53,7 @@ class Method:
 
 
 def _trex(**kwargs: Any) -> Callable[[Adapted], PeftConfig]:
-    return lambda on: TRexConfig(**on.kwargs, **{**on.prior, **on.experts, **kwargs})
+    return lambda on: TRexConfig(**on.kwargs, **on.trex, **kwargs)
 
 
 def _lora(r: int, **kwargs: Any) -> Callable[[Adapted], PeftConfig]:
@@ -79,7 +79,7 @@ def _hydra(on: Adapted) -> HydraConfig:
 
 
 def _recommended(**kwargs: Any) -> Callable[[Adapted], PeftConfig]:
-    return lambda on: TRexConfig.recommended(**on.kwargs, **on.prior, **kwargs)
+    return lambda on: TRexConfig.recommended(**on.kwargs, **on.trex, **kwargs)
 
 
 # The prior decides alone, on whitened directions, at a larger scale.
