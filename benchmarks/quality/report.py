@@ -30,7 +30,7 @@ TREX, LORA, EQUAL, BASE = "T-REX 4x8", "LoRA r=32", "LoRA, equal parameters", "b
 NO_PRIOR, NO_ROUTER, PAIRED = "T-REX no prior", "T-REX no router", "T-REX paired"
 CONSTANT, RANDOM = "T-REX constant prior", "T-REX 4x8, random router"
 RANDOM_ALONE = "T-REX no prior, random router"
-SHARP, ORACLE = "T-REX 8x8 sharp", "oracle"
+RECOMMENDED, ORACLE = "T-REX recommended", "oracle"
 IDENTITY = ("experiment", "tier", "phase", "method", "learning_rate", "seed", "steps", "fingerprint", "test_digest")
 SETTING = ("experiment", "tier", "base", "precision", "data", "data_settings", "rows_per_step", "train_rows")
 MEASURES = {"accuracy": ("points", 100, ".2f"), "log_likelihood": ("nats", 1, ".3f")}  # unit, units, digits
@@ -238,7 +238,7 @@ def _methods(part: Part) -> str:
         rate = f"{last['learning_rate']:g}" if last["learning_rate"] else ""
         memory = f"{np.median(peaks) / 1e6:.0f} MB" if peaks else ""
         time = [f"{np.median(times):.0f}" if times else ""] * gpu
-        name = f"**{method}**" if method == TREX else method
+        name = f"**{method}**" if method in (TREX, RECOMMENDED) else method
         lines.append([name, last["settings"], millions(last), rate, str(len(runs)), *measured, memory, *time])
     head = ["", "settings", "trainable", "learning rate", "seeds", "accuracy, %", "log-likelihood, nats"]
     head += ["peak memory of a step", *["training seconds"] * gpu]
@@ -441,7 +441,7 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def _curves(part: Part, axes: Sequence[Any]) -> bool:
-    for method in (TREX, SHARP, NO_PRIOR, LORA, ORACLE):
+    for method in (TREX, RECOMMENDED, NO_PRIOR, LORA, ORACLE):
         curves = [dict(map(tuple, row["curve"])) for row in part.methods.get(method, {}).values() if row["curve"]]
         if curves:
             steps = sorted(set.intersection(*(set(curve) for curve in curves)))
@@ -456,7 +456,7 @@ def _curves(part: Part, axes: Sequence[Any]) -> bool:
 
 
 def _bars(part: Part, axes: Sequence[Any]) -> bool:
-    shown = [m for m in (BASE, LORA, EQUAL, NO_PRIOR, NO_ROUTER, TREX, SHARP, ORACLE) if m in part.methods]
+    shown = [m for m in (BASE, LORA, EQUAL, NO_PRIOR, NO_ROUTER, TREX, RECOMMENDED, ORACLE) if m in part.methods]
     tasks = _tasks(part)
     if len(tasks) > MOST_BARS:
         return False
