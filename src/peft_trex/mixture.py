@@ -33,6 +33,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Layout = Literal["grid", "paired"]
+# The devices with autocast are listed beforehand, since torch 2.8 cannot ask for one within a compiled graph.
+DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", "maia", "privateuseone")
+AUTOCAST = {device for device in DEVICES if torch.amp.is_autocast_available(device)}
 
 
 class Experts(NamedTuple):
@@ -73,7 +76,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 def _is_narrow(weight: Tensor) -> bool:
     """Whether products with the weight are in float16, by its own dtype or by autocast's."""
     device = weight.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device in AUTOCAST and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device) == torch.float16 and weight.dtype != torch.float64
     return weight.dtype == torch.float16
 
@@ -97,7 +100,7 @@ class _WideProduct(torch.autograd.Function):
 
 def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if device in AUTOCAST else nullcontext()
 
 
 def router_logits(x: Tensor, router: Tensor, router_down: Tensor | None = None) -> Tensor:

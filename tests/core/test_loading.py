@@ -50,7 +50,9 @@ def folder(saved, tmp_path):
 
 
 def change_tensors(folder, change):
-    save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS)
+    # The file is written anew while what was read would still lie in it.
+    tensors = {name: each.clone() for name, each in load_file(folder / WEIGHTS).items()}
+    save_file(change(tensors), folder / WEIGHTS)
 
 
 def change_config(folder, **fields):
@@ -210,7 +212,8 @@ def test_what_is_trained_beside_the_adapter_is_its_own(tmp_path):
         (f"{head}.steps", torch.tensor(2.5), "steps.* has the dtype|steps"),
         (f"{head}.linear.weight", torch.zeros(4, 9), "size mismatch for .*linear.weight"),
     ):
-        tensors = load_file(tmp_path / WEIGHTS)
+        # The file is written anew while these would still lie in it.
+        tensors = {name: each.clone() for name, each in load_file(tmp_path / WEIGHTS).items()}
         base = masked()
         before = everything(base)
         save_file({**tensors, key: tensor}, tmp_path / WEIGHTS)
