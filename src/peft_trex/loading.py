@@ -142,6 +142,8 @@ def _axes_of(config: Any, layer: str) -> dict[str, Axes]:
         axes["trex_router_down"] = (config.router_rank, None)
     if config.learned_map:
         axes["trex_map"] = (experts, config.num_clusters)
+    if config.shared_core:
+        axes["trex_core"] = (experts,)
     return axes
 
 

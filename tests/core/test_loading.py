@@ -282,6 +282,12 @@ def test_a_hostile_configuration_costs_nothing(folder, name):
     )
 
 
+def test_a_core_that_the_file_lacks_is_missed_before_anything_is_made(folder):
+    change_config(folder, shared_core=True)
+    with pytest.raises(ValueError, match=r"lacks .*\.trex_core"):
+        TRexConfig.from_pretrained(str(folder))
+
+
 def test_counts_are_not_listed():
     config = TRexConfig(r_a=10**9, r_b=10**9)
     assert config.num_experts_of("layer") == 10**18 == config.token_scale_of("layer")
