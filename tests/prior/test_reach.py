@@ -12,7 +12,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import BEFORE_5, CACHE, PAD, adapted, batches, prompts, randomize
+from conftest import BEFORE_5, CACHE, PAD, adapted, batches, exact_model, prompts, randomize
 from transformers import (
     BertConfig,
     BertModel,
@@ -167,7 +167,7 @@ def test_an_encoder_decoders_cache():
 
 def test_an_encoder_decoders_scope_answer():
     """Nothing of the prompt is an answer, and all of what the decoder writes is."""
-    models = {scope: adapted("t5", prior_scope=scope) for scope in ("prompt", "answer")}
+    models = {scope: exact_model("t5", prior_scope=scope) for scope in ("prompt", "answer")}
     ids = {"input_ids": ROWS, "decoder_input_ids": ROWS[:, :4]}
     encoded, logits = {}, {}
     with torch.no_grad():
@@ -179,7 +179,8 @@ def test_an_encoder_decoders_scope_answer():
         alone = [models["answer"](**{name: value[row : row + 1] for name, value in ids.items()}) for row in range(3)]
     assert torch.equal(*encoded["answer"]) and not torch.allclose(*encoded["prompt"])
     assert not torch.allclose(*logits["answer"]) and not torch.allclose(own, logits["answer"][0])
-    torch.testing.assert_close(own, torch.cat([output.logits for output in alone]), atol=1e-4, rtol=1e-4)
+    # T5 norms in float32 whatever the weights are.
+    torch.testing.assert_close(own, torch.cat([output.logits for output in alone]), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.skipif(BEFORE_5, reason="Mamba wants a cache_position in each forward before transformers 5")
