@@ -77,7 +77,7 @@ def main() -> int:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     subprocess.run([python, "-c", shown], env=environment, check=True)
     runs = [["-n", "2", "--dist", "loadfile", "-m", "not slow", *arguments.pytest]]
-    if arguments.target == "lowest":
+    if arguments.target == "lowest" and not arguments.pytest:
         # PEFT's own tests of its oldest release run nowhere else. They start processes of their own.
         runs.append(["-m", "slow", "tests/peft_suite"])
     results = [subprocess.run([python, "-m", "pytest", *run], cwd=ROOT, env=environment) for run in runs]
