@@ -3,22 +3,24 @@
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from inspect import cleandoc
 from types import MappingProxyType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType
 
-from .loading import check_against_config, check_weights, known_fields, read_config
+from .checks import COUNT, check_combinations, check_expert_pattern, check_names, check_number, check_values
+from .loading import axes_of, check_against_config, check_weights, known_fields, read_config
 from .mixture import num_experts
-from .prior.chat import check_markers
 from .version import VERSION
+from .words import in_own_words
 
 
+@in_own_words
 @dataclass
 class TRexConfig(PeftConfig):
     """Configuration of a [`TRexModel`]: a mixture of rank-one experts with a semantic prior (arXiv 2404.08985).
@@ -142,17 +144,13 @@ class TRexConfig(PeftConfig):
                 "PEFT knows another configuration for the method TREX: either this release of PEFT brings its own, "
                 "which is then the one to use, or peft_trex was imported twice; restart Python."
             )
-        for name in NAMES:
-            value = getattr(self, name)
-            names = [] if value is None else [value] if isinstance(value, str) else value
-            if not isinstance(names, (list, tuple, set)) or not all(isinstance(each, str) for each in names):
-                raise TypeError(f"{name}={value!r} must be a name or a list of names.")
+        check_names(self)
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
-        self._check_values()
-        self._check_combinations()
-        self._check_pattern()
+        check_values(self, TRexConfig)
+        check_combinations(self, TRexConfig)
+        check_expert_pattern(self)
 
     @classmethod
     def recommended(cls, **overrides: Any) -> "TRexConfig":
@@ -172,6 +170,33 @@ class TRexConfig(PeftConfig):
             "prior_whitening": "auto",
         }
         return cls(**{**form, **overrides})
+
+    @classmethod
+    def like_lora(cls, r: int, width: int = 4096, **overrides: Any) -> "TRexConfig":
+        """The recommended form, with `overrides`, in the size that trains about as many parameters as LoRA of rank r.
+
+        A and B have LoRA's shapes and are as many, r_a = r_b, less what the learned map and the core take. What these
+        take depends on the width of the model, and not the sizes alone: beside wide layers they are small.
+
+        Args:
+            r: LoRA's rank, at least 1.
+            width: D_in and D_out of the model's layers, or between them where they differ; 4096 is that of many
+                models with 7 or 8 billion parameters.
+            overrides: fields of the configuration, but for r_a and r_b.
+        """
+        check_number("r", r, COUNT)
+        check_number("width", width, COUNT)
+        chosen, missed = None, math.inf
+        for size in range(1, r + 1):
+            config = cls.recommended(r_a=size, r_b=size, **overrides)
+            shapes = axes_of(config, "").values()
+            # The two logits, omega and gate, are no part of the shapes that the configuration gives.
+            trained = 2 + sum(math.prod(width if axis is None else axis for axis in shape) for shape in shapes)
+            if abs(trained - 2 * r * width) >= missed:
+                break
+            chosen, missed = config, abs(trained - 2 * r * width)
+        assert chosen is not None
+        return chosen
 
     @property
     def num_experts(self) -> int:
@@ -236,113 +261,6 @@ class TRexConfig(PeftConfig):
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
         """The fields of a file that this release knows, with a warning of others."""
         return known_fields(cls, kwargs)
-
-    def _check_values(self) -> None:
-        for name, kind in TRexConfig.__annotations__.items():
-            if kind is bool or get_origin(kind) is Literal:
-                value, choices = getattr(self, name), get_args(kind) or (True, False)
-                # Python takes 1 for equal to True, but it is no choice.
-                if not any(value == choice and isinstance(value, type(choice)) for choice in choices):
-                    raise ValueError(f"{name}={value!r} is unknown; it must be one of {', '.join(map(str, choices))}.")
-        check_markers(self.chat_markers)
-        for rule, (names, _) in NUMBERS.items():
-            for name in names:
-                value = getattr(self, name)
-                if (name, value) == ("prior_whitening", "auto"):
-                    continue
-                if value is not None or getattr(TRexConfig, name) is not None:
-                    _check_number(name, value, rule)
-
-    def _check_combinations(self) -> None:
-        if not (self.use_router or self.use_prior):
-            raise ValueError("use_router=False and use_prior=False leave nothing to mix; set at least one to True.")
-        if self.expert_layout == "paired" and self.r_a != self.r_b:
-            raise ValueError(f"expert_layout='paired' needs r_a = r_b; got r_a={self.r_a} and r_b={self.r_b}.")
-        for switch, names in NEEDED.items():
-            for name in names:
-                # init_weights=False draws B too, so it has a use without a router.
-                if not getattr(self, switch) and getattr(self, name) not in (getattr(TRexConfig, name), False):
-                    raise ValueError(f"{name}={getattr(self, name)!r} is for a part that {switch}=False drops.")
-        if self.router_top_k is not None and self.router_top_k > self.num_experts:
-            raise ValueError(f"router_top_k={self.router_top_k} is more than the {self.num_experts} experts.")
-        if self.trainable == "router" and not (self.use_router or self.learned_map or self.shared_core):
-            raise ValueError(
-                "trainable='router' trains what chooses experts, but there is nothing that does: use_router=False, "
-                "shared_core=False, and the prior has no learned map (prior_map='learned')."
-            )
-        if self.prior_map == "identity" and self.num_clusters != self.num_experts:
-            raise ValueError(
-                f"prior_map='identity' needs as many clusters as experts; got num_clusters={self.num_clusters} and "
-                f"{self.num_experts} experts. Use prior_map='learned' or change one of them."
-            )
-        if (self.prior_encoder == "external") != (self.prior_dim is not None):
-            raise ValueError(
-                f"prior_encoder={self.prior_encoder!r} does not go with prior_dim={self.prior_dim}: 'external' needs "
-                "the width of `semantic_embeds` there, and 'input_embeddings' None, since the base model tells it."
-            )
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            raise ValueError(
-                "layers_to_transform needs target_modules to be a list of module names, or None for all linear "
-                f"layers; got target_modules={self.target_modules!r}."
-            )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError(f"layers_pattern={self.layers_pattern!r} has no use without layers_to_transform.")
-
-    def _check_pattern(self) -> None:
-        pattern: Any = self.expert_pattern
-        if not isinstance(pattern, dict):
-            raise TypeError(
-                f"expert_pattern is a {type(pattern).__name__}; expected a dict of entries such as "
-                "{'inputs': [0, 2], 'outputs': [0, 1, 5]} by the layers' names."
-            )
-        counts = {"inputs": self.r_a, "outputs": self.r_b}
-        for layer, entry in pattern.items():
-            name = f"expert_pattern[{layer!r}]"
-            if not isinstance(entry, dict) or not set(counts) <= set(entry) <= {*counts, "token_scale"}:
-                raise ValueError(
-                    f"{name}={entry!r} must be a dict of 'inputs' and 'outputs', and 'token_scale' if it has its own."
-                )
-            for side, count in counts.items():
-                numbers = entry[side]
-                whole = isinstance(numbers, list) and all(isinstance(number, int) for number in numbers) and numbers
-                if not whole or numbers != sorted(set(numbers)) or not 0 <= numbers[0] <= numbers[-1] < count:
-                    raise ValueError(
-                        f"{name} has {side} {numbers!r}; expected a list of at least one of the numbers 0 to "
-                        f"{count - 1}, ascending."
-                    )
-            if self.expert_layout == "paired" and entry["inputs"] != entry["outputs"]:
-                raise ValueError(
-                    f"{name} has inputs {entry['inputs']} and outputs {entry['outputs']}; with "
-                    "expert_layout='paired' they must be the same."
-                )
-            if "token_scale" in entry:
-                name = f"{name}['token_scale']"
-                _check_number(name, entry["token_scale"], POSITIVE)
-                if not self.use_router:
-                    raise ValueError(f"{name} scales the token router, which use_router=False drops.")
-
-
-POSITIVE = "a positive, finite number"
-COUNTS = ("r_a", "r_b", "num_clusters", "prior_dim", "prior_whitening", "router_rank", "router_top_k")
-NAMES = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
-# The rules of the numbers, in words and as a function. Where the default is None, None is allowed too.
-NUMBERS: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
-    "a whole number of at least 1, less than 2**63": (COUNTS, lambda x: isinstance(x, int) and 1 <= x < 2**63),
-    POSITIVE: (("token_scale", "prior_scale", "gate_temperature"), lambda x: 0 < x < math.inf),
-    "a finite number, at least 0": (("balance_loss_coef", "router_z_loss_coef"), lambda x: 0 <= x < math.inf),
-    "a number of at least 0 and less than 1": (("trex_dropout",), lambda x: 0 <= x < 1),
-}
-# The knobs that have no use when the router or the prior is left out.
-NEEDED = {
-    "use_router": "token_scale router_rank router_top_k balance_loss_coef router_z_loss_coef init_weights".split(),
-    "use_prior": "prior_map shared_core prior_encoder prior_whitening prior_scope chat_markers".split(),
-}
-
-
-def _check_number(name: str, value: Any, rule: str) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not NUMBERS[rule][1](value):
-        raise (ValueError if is_number else TypeError)(f"{name}={value!r} must be {rule}.")
 
 
 # Each field is explained in the docstring; who asks a field for its help, as PEFT's do, gets the same text.

@@ -131,7 +131,7 @@ def known_fields(config_class: type, values: Mapping[str, Any]) -> dict[str, Any
     return known
 
 
-def _axes_of(config: Any, layer: str) -> dict[str, Axes]:
+def axes_of(config: Any, layer: str) -> dict[str, Axes]:
     """The shapes of a layer's tensors that a configuration asks for."""
     inputs, outputs = config.vectors_of(layer)
     experts = config.num_experts_of(layer)
@@ -159,7 +159,7 @@ def check_against_config(folder: str, config: Any) -> None:
     with safe_open(path, framework="pt") as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys() if f".{PREFIX}" in key}
     layers = {key.removesuffix(".trex_A") for key in shapes if key.endswith(".trex_A")}
-    expected = {layer: _axes_of(config, layer.removeprefix(IN_FILE)) for layer in layers}
+    expected = {layer: axes_of(config, layer.removeprefix(IN_FILE)) for layer in layers}
     priors = {key.removesuffix(".centroids") for key in shapes if key.endswith(".centroids")}
     # Only a model without a token embedding has no prior, unless it is given embeddings of a width.
     if config.use_prior and (priors or config.prior_dim is not None):

@@ -83,7 +83,7 @@ def _run(code):
 
 @pytest.mark.slow
 def test_import_is_light():
-    """On top of PEFT, the package loads itself and the modules of transformers that hold its TrainerCallback."""
+    """On top of PEFT, it loads itself, the modules of transformers with its TrainerCallback, and PEFT's optimizers."""
     command = [sys.executable, "-X", "importtime", "-c", "import peft\nimport peft_trex"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
@@ -91,7 +91,8 @@ def test_import_is_light():
     imported = {line.strip() for line in lines[lines.index(" peft") + 1 : lines.index(" peft_trex") + 1]}
     assert {"peft_trex", "peft_trex.model"} <= imported
     packages = {name.partition(".")[0] for name in imported} - set(sys.stdlib_module_names)
-    assert packages == {"peft_trex", "transformers"}
+    assert packages == {"peft", "peft_trex", "transformers"}
+    assert all(name.startswith("peft.optimizers") for name in imported if name.partition(".")[0] == "peft")
     assert len([name for name in imported if name.startswith("transformers.")]) < 10
 
 
