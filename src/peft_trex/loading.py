@@ -38,6 +38,8 @@ PICKLE = (
     "convert it: safetensors.torch.save_file(torch.load(pickle, weights_only=True), safetensors file)."
 )
 CARD_HEADING = "## Loading this adapter"
+# What PEFT says of an adapter whose method it does not know, before any code of this package could run.
+UNKNOWN = "KeyError: 'TREX'"
 # An expert_pattern of some 100,000 layers is as large; the lists in it are on the fourth level.
 MOST_BYTES, MOST_LEVELS = 16 << 20, 16
 # None is an axis that the model gives.
@@ -308,7 +310,8 @@ def complete_card(path: str, auto_class: str) -> None:
 {CARD_HEADING}
 
 This is a [T-REX](https://arxiv.org/abs/2404.08985) adapter. PEFT learns the method from the package `peft-trex`, which
-must be imported before the adapter is loaded:
+must be installed (`pip install peft-trex`) and imported before the adapter is loaded. Without the import, PEFT and
+transformers stop with `{UNKNOWN}`:
 
 ```python
 import peft_trex  # registers the method with PEFT
