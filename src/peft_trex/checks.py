@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any, Literal, get_args, get_origin
 
@@ -11,6 +12,7 @@ from .prior.chat import check_markers
 POSITIVE = "a positive, finite number"
 COUNT = "a whole number of at least 1, less than 2**63"
 COUNTS = ("r_a", "r_b", "num_clusters", "prior_dim", "prior_whitening", "router_rank", "router_top_k")
+SIZES = ("r_a_pattern", "r_b_pattern")
 NAMES = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
 # The rules of the numbers, in words and as a function. Where the default is None, None is allowed too.
 NUMBERS: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
@@ -71,6 +73,17 @@ def check_combinations(config: Any, kind: type) -> None:
             "trainable='router' trains what chooses experts, but there is nothing that does: use_router=False, "
             "shared_core=False, and the prior has no learned map (prior_map='learned')."
         )
+    sized = config.r_a_pattern or config.r_b_pattern
+    if config.prior_map == "identity" and sized:
+        raise ValueError(
+            "prior_map='identity' needs as many clusters as experts in every layer, which r_a_pattern and r_b_pattern "
+            "make different; use prior_map='learned'."
+        )
+    if config.expert_layout == "paired" and config.r_a_pattern != config.r_b_pattern:
+        raise ValueError(
+            f"expert_layout='paired' needs r_a = r_b in every layer; got r_a_pattern={config.r_a_pattern} and "
+            f"r_b_pattern={config.r_b_pattern}, which must be the same."
+        )
     if config.prior_map == "identity" and config.num_clusters != config.num_experts:
         raise ValueError(
             f"prior_map='identity' needs as many clusters as experts; got num_clusters={config.num_clusters} and "
@@ -90,6 +103,23 @@ def check_combinations(config: Any, kind: type) -> None:
         raise ValueError(f"layers_pattern={config.layers_pattern!r} has no use without layers_to_transform.")
 
 
+def settle_size_patterns(config: Any) -> None:
+    """Make dicts of the pairs that a file holds; raise if a pattern gives no sizes by names or regular expressions."""
+    for name in SIZES:
+        pattern = getattr(config, name)
+        if isinstance(pattern, list) and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pattern):
+            pattern = {str(key): size for key, size in pattern}
+            setattr(config, name, pattern)
+        if not isinstance(pattern, dict) or not all(isinstance(key, str) for key in pattern):
+            raise TypeError(f"{name}={pattern!r} must be a dict of numbers by layers' names, such as {{'q_proj': 8}}.")
+        for key, size in pattern.items():
+            check_number(f"{name}[{key!r}]", size, COUNT)
+            try:
+                re.compile(key)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(f"{name} has the key {key!r}, which is no regular expression: {error}.") from error
+
+
 def check_expert_pattern(config: Any) -> None:
     """Raise if `expert_pattern` asks for vectors that a layer of full size has not."""
     pattern: Any = config.expert_pattern
@@ -98,7 +128,11 @@ def check_expert_pattern(config: Any) -> None:
             f"expert_pattern is a {type(pattern).__name__}; expected a dict of entries such as "
             "{'inputs': [0, 2], 'outputs': [0, 1, 5]} by the layers' names."
         )
-    counts = {"inputs": config.r_a, "outputs": config.r_b}
+    # The layers' own sizes are not looked up: a regular expression from elsewhere has not been tried yet.
+    counts = {
+        "inputs": max(config.r_a, *config.r_a_pattern.values()) if config.r_a_pattern else config.r_a,
+        "outputs": max(config.r_b, *config.r_b_pattern.values()) if config.r_b_pattern else config.r_b,
+    }
     for layer, entry in pattern.items():
         name = f"expert_pattern[{layer!r}]"
         if not isinstance(entry, dict) or not set(counts) <= set(entry) <= {*counts, "token_scale"}:

@@ -12,8 +12,18 @@ from typing import Any, Literal
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType
+from peft.utils.other import get_pattern_key
 
-from .checks import COUNT, check_combinations, check_expert_pattern, check_names, check_number, check_values
+from .checks import (
+    COUNT,
+    SIZES,
+    check_combinations,
+    check_expert_pattern,
+    check_names,
+    check_number,
+    check_values,
+    settle_size_patterns,
+)
 from .loading import axes_of, check_against_config, check_weights, known_fields, read_config
 from .mixture import num_experts
 from .version import VERSION
@@ -32,7 +42,8 @@ class TRexConfig(PeftConfig):
             version: r_a = r_b experts b_i a_i^T.
         num_clusters: K, the number of clusters of the training prompts. The paper's value is 32.
         prior_map: How the K cluster scores reach the E experts: as they are ("identity", which needs K = E), or
-            through a trained matrix (E, K) in each layer ("learned"). "auto" takes the identity when K = E.
+            through a trained matrix (E, K) in each layer ("learned"). "auto" takes the identity when K = E in all
+            layers, that is, without the two patterns of sizes below.
         shared_core: True adds a trained core C to each layer's prior, one number for each of the E experts, which all
             prompts and tokens get (ours, not the paper's). Without a token router the layer is then a LoRA whose core
             moves with the prompt, and prompts share what they have in common. C starts at half the identity, and a
@@ -53,6 +64,10 @@ class TRexConfig(PeftConfig):
             them: by the layer's full name in the base model, {'inputs': [0, 2], 'outputs': [0, 1, 5], 'token_scale':
             9.5}. The numbers, ascending, are those of a layer of full size; with the identity map its experts keep the
             clusters that they have there. Without a token_scale the field below counts, as for other layers.
+        r_a_pattern: r_a of some layers, as LoRA's `rank_pattern`: {'down_proj': 8, 'layers.0..*': 2}. A key is a
+            regular expression for the end of a layer's name that begins after a dot; the first that fits counts, so
+            that a file holds pairs in their order. The prior has a learned map then.
+        r_b_pattern: The same for r_b.
         use_prior: False is the ablation without the semantic prior.
         token_scale: c_token of the paper. None stands for the number of experts (32 in the paper's setting).
         prior_scale: c_prior of the paper, whose value is 4.
@@ -114,6 +129,8 @@ class TRexConfig(PeftConfig):
     balance_loss_coef: float = 0.0
     router_z_loss_coef: float = 0.0
     expert_pattern: dict[str, dict[str, Any]] = field(default_factory=dict)
+    r_a_pattern: dict[str, int] = field(default_factory=dict)
+    r_b_pattern: dict[str, int] = field(default_factory=dict)
     use_prior: bool = True
     token_scale: float | None = None
     prior_scale: float = 4.0
@@ -145,6 +162,7 @@ class TRexConfig(PeftConfig):
                 "which is then the one to use, or peft_trex was imported twice; restart Python."
             )
         check_names(self)
+        settle_size_patterns(self)
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
@@ -200,20 +218,30 @@ class TRexConfig(PeftConfig):
 
     @property
     def num_experts(self) -> int:
-        """E, the number of rank-one experts of a layer."""
+        """E, the number of rank-one experts of a layer that no pattern names."""
         return num_experts(self.r_a, self.r_b, self.expert_layout)
 
     @property
     def learned_map(self) -> bool:
         """Whether each layer learns the map from cluster scores to experts."""
         if self.prior_map == "auto":
-            return self.use_prior and self.num_clusters != self.num_experts
+            sized = bool(self.r_a_pattern or self.r_b_pattern)
+            return self.use_prior and (sized or self.num_clusters != self.num_experts)
         return self.use_prior and self.prior_map == "learned"
+
+    def sizes_of(self, layer: str) -> tuple[int, int]:
+        """r_a and r_b of a layer, before any of its vectors are left out."""
+        sides = ((self.r_a_pattern, self.r_a), (self.r_b_pattern, self.r_b))
+        r_a, r_b = (pattern.get(get_pattern_key(list(pattern), layer), size) for pattern, size in sides)
+        return r_a, r_b
 
     def vectors_of(self, layer: str) -> tuple[Sequence[int], Sequence[int]]:
         """The input and the output vectors that a layer has, by their numbers in one of full size."""
         entry = self.expert_pattern.get(layer)
-        return (range(self.r_a), range(self.r_b)) if entry is None else (entry["inputs"], entry["outputs"])
+        if entry is not None:
+            return entry["inputs"], entry["outputs"]
+        r_a, r_b = self.sizes_of(layer)
+        return range(r_a), range(r_b)
 
     def num_experts_of(self, layer: str) -> int:
         """The number of experts that a layer has."""
@@ -225,7 +253,8 @@ class TRexConfig(PeftConfig):
         inputs, outputs = self.vectors_of(layer)
         if self.expert_layout == "paired":
             return list(inputs)
-        return [i * self.r_b + j for i in inputs for j in outputs]
+        r_b = self.sizes_of(layer)[1]
+        return [i * r_b + j for i in inputs for j in outputs]
 
     def token_scale_of(self, layer: str) -> float:
         """c_token of a layer."""
@@ -233,8 +262,12 @@ class TRexConfig(PeftConfig):
         return float(self.num_experts_of(layer) if scale is None else scale)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as PEFT writes them, and the release that writes them."""
-        return {**super().to_dict(), "peft_trex_version": VERSION}
+        """All fields as PEFT writes them, and the release that writes them.
+
+        PEFT sorts the keys of a dict, but the first key of a pattern that fits counts: it becomes a list of pairs.
+        """
+        patterns = {name: [list(pair) for pair in getattr(self, name).items()] for name in SIZES}
+        return {**super().to_dict(), **patterns, "peft_trex_version": VERSION}
 
     @classmethod
     def from_pretrained(

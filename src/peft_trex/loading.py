@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .prior.token_rows import TOKEN_IDS, TOKEN_ROWS
-from .targets import shape_of
+from .targets import shape_of, size_patterns, try_patterns
 from .version import VERSION
 
 # Every saved tensor of an adapter carries this prefix.
@@ -161,6 +161,7 @@ def check_against_config(folder: str, config: Any) -> None:
     with safe_open(path, framework="pt") as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys() if f".{PREFIX}" in key}
     layers = {key.removesuffix(".trex_A") for key in shapes if key.endswith(".trex_A")}
+    try_patterns(size_patterns(config), [layer.removeprefix(IN_FILE) for layer in layers])
     expected = {layer: axes_of(config, layer.removeprefix(IN_FILE)) for layer in layers}
     priors = {key.removesuffix(".centroids") for key in shapes if key.endswith(".centroids")}
     # Only a model without a token embedding has no prior, unless it is given embeddings of a width.

@@ -29,7 +29,7 @@ OF_LORA = {
     "r": SIZE,
     "lora_alpha": SCALE,
     "lora_dropout": DROPOUT,
-    "rank_pattern": "write expert_pattern, which says which of its vectors a layer has",
+    "rank_pattern": "write r_a_pattern and r_b_pattern, whose keys fit the layers' names in the same way",
     "alpha_pattern": "leave it out, T-REX has no alpha: expert_pattern gives a layer a token_scale of its own",
     "use_rslora": "leave it out, T-REX has no alpha whose scale would depend on the rank",
     "init_lora_weights": START,
