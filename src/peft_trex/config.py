@@ -3,22 +3,34 @@
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from inspect import cleandoc
 from types import MappingProxyType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType
+from peft.utils.other import get_pattern_key
 
-from .loading import check_against_config, check_weights, known_fields, read_config
+from .checks import (
+    COUNT,
+    SIZES,
+    check_combinations,
+    check_expert_pattern,
+    check_names,
+    check_number,
+    check_values,
+    settle_size_patterns,
+)
+from .loading import axes_of, check_against_config, check_weights, known_fields, read_config
 from .mixture import num_experts
-from .prior.chat import check_markers
 from .version import VERSION
+from .words import in_own_words
 
 
+@in_own_words
 @dataclass
 class TRexConfig(PeftConfig):
     """Configuration of a [`TRexModel`]: a mixture of rank-one experts with a semantic prior (arXiv 2404.08985).
@@ -30,7 +42,8 @@ class TRexConfig(PeftConfig):
             version: r_a = r_b experts b_i a_i^T.
         num_clusters: K, the number of clusters of the training prompts. The paper's value is 32.
         prior_map: How the K cluster scores reach the E experts: as they are ("identity", which needs K = E), or
-            through a trained matrix (E, K) in each layer ("learned"). "auto" takes the identity when K = E.
+            through a trained matrix (E, K) in each layer ("learned"). "auto" takes the identity when K = E in all
+            layers, that is, without the two patterns of sizes below.
         shared_core: True adds a trained core C to each layer's prior, one number for each of the E experts, which all
             prompts and tokens get (ours, not the paper's). Without a token router the layer is then a LoRA whose core
             moves with the prompt, and prompts share what they have in common. C starts at half the identity, and a
@@ -51,6 +64,10 @@ class TRexConfig(PeftConfig):
             them: by the layer's full name in the base model, {'inputs': [0, 2], 'outputs': [0, 1, 5], 'token_scale':
             9.5}. The numbers, ascending, are those of a layer of full size; with the identity map its experts keep the
             clusters that they have there. Without a token_scale the field below counts, as for other layers.
+        r_a_pattern: r_a of some layers, as LoRA's `rank_pattern`: {'down_proj': 8, 'layers.0..*': 2}. A key is a
+            regular expression for the end of a layer's name that begins after a dot; the first that fits counts, so
+            that a file holds pairs in their order. The prior has a learned map then.
+        r_b_pattern: The same for r_b.
         use_prior: False is the ablation without the semantic prior.
         token_scale: c_token of the paper. None stands for the number of experts (32 in the paper's setting).
         prior_scale: c_prior of the paper, whose value is 4.
@@ -112,6 +129,8 @@ class TRexConfig(PeftConfig):
     balance_loss_coef: float = 0.0
     router_z_loss_coef: float = 0.0
     expert_pattern: dict[str, dict[str, Any]] = field(default_factory=dict)
+    r_a_pattern: dict[str, int] = field(default_factory=dict)
+    r_b_pattern: dict[str, int] = field(default_factory=dict)
     use_prior: bool = True
     token_scale: float | None = None
     prior_scale: float = 4.0
@@ -142,17 +161,14 @@ class TRexConfig(PeftConfig):
                 "PEFT knows another configuration for the method TREX: either this release of PEFT brings its own, "
                 "which is then the one to use, or peft_trex was imported twice; restart Python."
             )
-        for name in NAMES:
-            value = getattr(self, name)
-            names = [] if value is None else [value] if isinstance(value, str) else value
-            if not isinstance(names, (list, tuple, set)) or not all(isinstance(each, str) for each in names):
-                raise TypeError(f"{name}={value!r} must be a name or a list of names.")
+        check_names(self)
+        settle_size_patterns(self)
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
-        self._check_values()
-        self._check_combinations()
-        self._check_pattern()
+        check_values(self, TRexConfig)
+        check_combinations(self, TRexConfig)
+        check_expert_pattern(self)
 
     @classmethod
     def recommended(cls, **overrides: Any) -> "TRexConfig":
@@ -173,22 +189,59 @@ class TRexConfig(PeftConfig):
         }
         return cls(**{**form, **overrides})
 
+    @classmethod
+    def like_lora(cls, r: int, width: int = 4096, **overrides: Any) -> "TRexConfig":
+        """The recommended form, with `overrides`, in the size that trains about as many parameters as LoRA of rank r.
+
+        A and B have LoRA's shapes and are as many, r_a = r_b, less what the learned map and the core take. What these
+        take depends on the width of the model, and not the sizes alone: beside wide layers they are small.
+
+        Args:
+            r: LoRA's rank, at least 1.
+            width: D_in and D_out of the model's layers, or between them where they differ; 4096 is that of many
+                models with 7 or 8 billion parameters.
+            overrides: fields of the configuration, but for r_a and r_b.
+        """
+        check_number("r", r, COUNT)
+        check_number("width", width, COUNT)
+        chosen, missed = None, math.inf
+        for size in range(1, r + 1):
+            config = cls.recommended(r_a=size, r_b=size, **overrides)
+            shapes = axes_of(config, "").values()
+            # The two logits, omega and gate, are no part of the shapes that the configuration gives.
+            trained = 2 + sum(math.prod(width if axis is None else axis for axis in shape) for shape in shapes)
+            if abs(trained - 2 * r * width) >= missed:
+                break
+            chosen, missed = config, abs(trained - 2 * r * width)
+        assert chosen is not None
+        return chosen
+
     @property
     def num_experts(self) -> int:
-        """E, the number of rank-one experts of a layer."""
+        """E, the number of rank-one experts of a layer that no pattern names."""
         return num_experts(self.r_a, self.r_b, self.expert_layout)
 
     @property
     def learned_map(self) -> bool:
         """Whether each layer learns the map from cluster scores to experts."""
         if self.prior_map == "auto":
-            return self.use_prior and self.num_clusters != self.num_experts
+            sized = bool(self.r_a_pattern or self.r_b_pattern)
+            return self.use_prior and (sized or self.num_clusters != self.num_experts)
         return self.use_prior and self.prior_map == "learned"
+
+    def sizes_of(self, layer: str) -> tuple[int, int]:
+        """r_a and r_b of a layer, before any of its vectors are left out."""
+        sides = ((self.r_a_pattern, self.r_a), (self.r_b_pattern, self.r_b))
+        r_a, r_b = (pattern.get(get_pattern_key(list(pattern), layer), size) for pattern, size in sides)
+        return r_a, r_b
 
     def vectors_of(self, layer: str) -> tuple[Sequence[int], Sequence[int]]:
         """The input and the output vectors that a layer has, by their numbers in one of full size."""
         entry = self.expert_pattern.get(layer)
-        return (range(self.r_a), range(self.r_b)) if entry is None else (entry["inputs"], entry["outputs"])
+        if entry is not None:
+            return entry["inputs"], entry["outputs"]
+        r_a, r_b = self.sizes_of(layer)
+        return range(r_a), range(r_b)
 
     def num_experts_of(self, layer: str) -> int:
         """The number of experts that a layer has."""
@@ -200,7 +253,8 @@ class TRexConfig(PeftConfig):
         inputs, outputs = self.vectors_of(layer)
         if self.expert_layout == "paired":
             return list(inputs)
-        return [i * self.r_b + j for i in inputs for j in outputs]
+        r_b = self.sizes_of(layer)[1]
+        return [i * r_b + j for i in inputs for j in outputs]
 
     def token_scale_of(self, layer: str) -> float:
         """c_token of a layer."""
@@ -208,8 +262,12 @@ class TRexConfig(PeftConfig):
         return float(self.num_experts_of(layer) if scale is None else scale)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as PEFT writes them, and the release that writes them."""
-        return {**super().to_dict(), "peft_trex_version": VERSION}
+        """All fields as PEFT writes them, and the release that writes them.
+
+        PEFT sorts the keys of a dict, but the first key of a pattern that fits counts: it becomes a list of pairs.
+        """
+        patterns = {name: [list(pair) for pair in getattr(self, name).items()] for name in SIZES}
+        return {**super().to_dict(), **patterns, "peft_trex_version": VERSION}
 
     @classmethod
     def from_pretrained(
@@ -236,113 +294,6 @@ class TRexConfig(PeftConfig):
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
         """The fields of a file that this release knows, with a warning of others."""
         return known_fields(cls, kwargs)
-
-    def _check_values(self) -> None:
-        for name, kind in TRexConfig.__annotations__.items():
-            if kind is bool or get_origin(kind) is Literal:
-                value, choices = getattr(self, name), get_args(kind) or (True, False)
-                # Python takes 1 for equal to True, but it is no choice.
-                if not any(value == choice and isinstance(value, type(choice)) for choice in choices):
-                    raise ValueError(f"{name}={value!r} is unknown; it must be one of {', '.join(map(str, choices))}.")
-        check_markers(self.chat_markers)
-        for rule, (names, _) in NUMBERS.items():
-            for name in names:
-                value = getattr(self, name)
-                if (name, value) == ("prior_whitening", "auto"):
-                    continue
-                if value is not None or getattr(TRexConfig, name) is not None:
-                    _check_number(name, value, rule)
-
-    def _check_combinations(self) -> None:
-        if not (self.use_router or self.use_prior):
-            raise ValueError("use_router=False and use_prior=False leave nothing to mix; set at least one to True.")
-        if self.expert_layout == "paired" and self.r_a != self.r_b:
-            raise ValueError(f"expert_layout='paired' needs r_a = r_b; got r_a={self.r_a} and r_b={self.r_b}.")
-        for switch, names in NEEDED.items():
-            for name in names:
-                # init_weights=False draws B too, so it has a use without a router.
-                if not getattr(self, switch) and getattr(self, name) not in (getattr(TRexConfig, name), False):
-                    raise ValueError(f"{name}={getattr(self, name)!r} is for a part that {switch}=False drops.")
-        if self.router_top_k is not None and self.router_top_k > self.num_experts:
-            raise ValueError(f"router_top_k={self.router_top_k} is more than the {self.num_experts} experts.")
-        if self.trainable == "router" and not (self.use_router or self.learned_map or self.shared_core):
-            raise ValueError(
-                "trainable='router' trains what chooses experts, but there is nothing that does: use_router=False, "
-                "shared_core=False, and the prior has no learned map (prior_map='learned')."
-            )
-        if self.prior_map == "identity" and self.num_clusters != self.num_experts:
-            raise ValueError(
-                f"prior_map='identity' needs as many clusters as experts; got num_clusters={self.num_clusters} and "
-                f"{self.num_experts} experts. Use prior_map='learned' or change one of them."
-            )
-        if (self.prior_encoder == "external") != (self.prior_dim is not None):
-            raise ValueError(
-                f"prior_encoder={self.prior_encoder!r} does not go with prior_dim={self.prior_dim}: 'external' needs "
-                "the width of `semantic_embeds` there, and 'input_embeddings' None, since the base model tells it."
-            )
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            raise ValueError(
-                "layers_to_transform needs target_modules to be a list of module names, or None for all linear "
-                f"layers; got target_modules={self.target_modules!r}."
-            )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError(f"layers_pattern={self.layers_pattern!r} has no use without layers_to_transform.")
-
-    def _check_pattern(self) -> None:
-        pattern: Any = self.expert_pattern
-        if not isinstance(pattern, dict):
-            raise TypeError(
-                f"expert_pattern is a {type(pattern).__name__}; expected a dict of entries such as "
-                "{'inputs': [0, 2], 'outputs': [0, 1, 5]} by the layers' names."
-            )
-        counts = {"inputs": self.r_a, "outputs": self.r_b}
-        for layer, entry in pattern.items():
-            name = f"expert_pattern[{layer!r}]"
-            if not isinstance(entry, dict) or not set(counts) <= set(entry) <= {*counts, "token_scale"}:
-                raise ValueError(
-                    f"{name}={entry!r} must be a dict of 'inputs' and 'outputs', and 'token_scale' if it has its own."
-                )
-            for side, count in counts.items():
-                numbers = entry[side]
-                whole = isinstance(numbers, list) and all(isinstance(number, int) for number in numbers) and numbers
-                if not whole or numbers != sorted(set(numbers)) or not 0 <= numbers[0] <= numbers[-1] < count:
-                    raise ValueError(
-                        f"{name} has {side} {numbers!r}; expected a list of at least one of the numbers 0 to "
-                        f"{count - 1}, ascending."
-                    )
-            if self.expert_layout == "paired" and entry["inputs"] != entry["outputs"]:
-                raise ValueError(
-                    f"{name} has inputs {entry['inputs']} and outputs {entry['outputs']}; with "
-                    "expert_layout='paired' they must be the same."
-                )
-            if "token_scale" in entry:
-                name = f"{name}['token_scale']"
-                _check_number(name, entry["token_scale"], POSITIVE)
-                if not self.use_router:
-                    raise ValueError(f"{name} scales the token router, which use_router=False drops.")
-
-
-POSITIVE = "a positive, finite number"
-COUNTS = ("r_a", "r_b", "num_clusters", "prior_dim", "prior_whitening", "router_rank", "router_top_k")
-NAMES = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
-# The rules of the numbers, in words and as a function. Where the default is None, None is allowed too.
-NUMBERS: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
-    "a whole number of at least 1, less than 2**63": (COUNTS, lambda x: isinstance(x, int) and 1 <= x < 2**63),
-    POSITIVE: (("token_scale", "prior_scale", "gate_temperature"), lambda x: 0 < x < math.inf),
-    "a finite number, at least 0": (("balance_loss_coef", "router_z_loss_coef"), lambda x: 0 <= x < math.inf),
-    "a number of at least 0 and less than 1": (("trex_dropout",), lambda x: 0 <= x < 1),
-}
-# The knobs that have no use when the router or the prior is left out.
-NEEDED = {
-    "use_router": "token_scale router_rank router_top_k balance_loss_coef router_z_loss_coef init_weights".split(),
-    "use_prior": "prior_map shared_core prior_encoder prior_whitening prior_scope chat_markers".split(),
-}
-
-
-def _check_number(name: str, value: Any, rule: str) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not NUMBERS[rule][1](value):
-        raise (ValueError if is_number else TypeError)(f"{name}={value!r} must be {rule}.")
 
 
 # Each field is explained in the docstring; who asks a field for its help, as PEFT's do, gets the same text.

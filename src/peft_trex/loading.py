@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .prior.token_rows import TOKEN_IDS, TOKEN_ROWS
-from .targets import shape_of
+from .targets import shape_of, size_patterns, try_patterns
 from .version import VERSION
 
 # Every saved tensor of an adapter carries this prefix.
@@ -38,6 +38,8 @@ PICKLE = (
     "convert it: safetensors.torch.save_file(torch.load(pickle, weights_only=True), safetensors file)."
 )
 CARD_HEADING = "## Loading this adapter"
+# What PEFT says of an adapter whose method it does not know, before any code of this package could run.
+UNKNOWN = "KeyError: 'TREX'"
 # An expert_pattern of some 100,000 layers is as large; the lists in it are on the fourth level.
 MOST_BYTES, MOST_LEVELS = 16 << 20, 16
 # None is an axis that the model gives.
@@ -131,7 +133,7 @@ def known_fields(config_class: type, values: Mapping[str, Any]) -> dict[str, Any
     return known
 
 
-def _axes_of(config: Any, layer: str) -> dict[str, Axes]:
+def axes_of(config: Any, layer: str) -> dict[str, Axes]:
     """The shapes of a layer's tensors that a configuration asks for."""
     inputs, outputs = config.vectors_of(layer)
     experts = config.num_experts_of(layer)
@@ -159,7 +161,8 @@ def check_against_config(folder: str, config: Any) -> None:
     with safe_open(path, framework="pt") as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys() if f".{PREFIX}" in key}
     layers = {key.removesuffix(".trex_A") for key in shapes if key.endswith(".trex_A")}
-    expected = {layer: _axes_of(config, layer.removeprefix(IN_FILE)) for layer in layers}
+    try_patterns(size_patterns(config), [layer.removeprefix(IN_FILE) for layer in layers])
+    expected = {layer: axes_of(config, layer.removeprefix(IN_FILE)) for layer in layers}
     priors = {key.removesuffix(".centroids") for key in shapes if key.endswith(".centroids")}
     # Only a model without a token embedding has no prior, unless it is given embeddings of a width.
     if config.use_prior and (priors or config.prior_dim is not None):
@@ -308,7 +311,8 @@ def complete_card(path: str, auto_class: str) -> None:
 {CARD_HEADING}
 
 This is a [T-REX](https://arxiv.org/abs/2404.08985) adapter. PEFT learns the method from the package `peft-trex`, which
-must be imported before the adapter is loaded:
+must be installed (`pip install peft-trex`) and imported before the adapter is loaded. Without the import, PEFT and
+transformers stop with `{UNKNOWN}`:
 
 ```python
 import peft_trex  # registers the method with PEFT

@@ -1,4 +1,6 @@
-"""All of PEFT that is replaced at import: methods of `peft.PeftModel`, because PEFT has no place to plug these in.
+"""All of PEFT that is replaced at import, because PEFT has no place to plug it in.
+
+These are methods of `peft.PeftModel`, and what the optimizers of `peft.optimizers` begin with.
 
 Models without a T-REX adapter see no change. A method that the installed releases do not have is left out, and
 CONTRIBUTING.md says what is lost then. Importing the package again replaces nothing twice.
@@ -7,15 +9,16 @@ CONTRIBUTING.md says what is lost then. Importing the package again replaces not
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from huggingface_hub import hf_hub_download
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor
+from torch import Tensor, nn
 
 from .loading import FOREIGN, IN_FILE, PICKLE, PREFIX, check_config, check_weights, complete_card
 from .prior.hooks import PromptWatch
@@ -23,6 +26,13 @@ from .undo import Snapshot, Undone, copies
 
 Method = Callable[..., Any]
 MARK = "_trex_replacement"
+# The helpers of peft.optimizers, and what each of them calls first with the model or its parameters. A helper that was
+# imported before this package is PEFT's own function, but it looks these up when it is called.
+OPTIMIZERS = {
+    "create_loraplus_optimizer": ("loraplus", "get_parameter_names"),
+    "create_lorafa_optimizer": ("lorafa", "LoraFAOptimizer.__init__"),
+    "create_riemannian_optimizer": ("riemannian", "_collect_lora_pairs"),
+}
 
 
 def patch_peft_model(model_class: type) -> None:
@@ -35,6 +45,42 @@ def patch_peft_model(model_class: type) -> None:
             setattr(model_class, name, classmethod(_marked(replacement, method.__func__)))
         else:
             setattr(model_class, name, _with_adapter(replacement, method))
+
+
+def patch_optimizers() -> None:
+    """Have the optimizers of `peft.optimizers`, which know LoRA's parameters by name, refuse those of T-REX."""
+    for helper, (module, place) in OPTIMIZERS.items():
+        *owners, name = place.split(".")
+        try:
+            owner = functools.reduce(getattr, owners, importlib.import_module(f"peft.optimizers.{module}"))
+            method = getattr(owner, name)
+        except (ImportError, AttributeError):
+            continue
+        if not _is_replacement(method):
+            setattr(owner, name, _marked(functools.partial(_for_lora, helper), method))
+
+
+def _for_lora(helper: str, original: Method, *args: Any, **kwargs: Any) -> Any:
+    """Raise a ValueError if parameters of T-REX are among those that an optimizer for LoRA is made for."""
+    for name, parameter in _named_parameters(args):
+        if parameter.requires_grad and f".{PREFIX}" in name:
+            raise ValueError(
+                f"{helper} is for LoRA, whose A and B it finds by their names. It would train T-REX's parameters, "
+                f"such as {name}, without what it is for. Use one of torch's optimizers; where B is to have a rate "
+                "of its own, give it groups of parameters: those of B have '.trex_B.' in their names."
+            )
+    return original(*args, **kwargs)
+
+
+def _named_parameters(arguments: Iterable[Any]) -> Iterable[tuple[str, Any]]:
+    """The parameters, by name, of the models and of the groups of parameters with names among some arguments."""
+    for argument in arguments:
+        if isinstance(argument, nn.Module):
+            yield from argument.named_parameters()
+        elif isinstance(argument, list):
+            for group in argument:
+                if isinstance(group, dict) and "names" in group:
+                    yield from zip(group["names"], group["params"], strict=True)
 
 
 def _is_replacement(method: Any) -> bool:

@@ -2,7 +2,7 @@
 
 `peft.utils.register_peft_method` takes only names that its enum already holds, and PEFT has no entry point for
 plug-ins, so the member is added here. This file imports nothing heavy at load, and can be tested without torch.
-`peft_patches.py` holds what is replaced in PEFT's classes.
+`peft_patches.py` holds what is replaced in PEFT.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def register(config_class: type, model_class: type) -> None:
     from peft.peft_model import PeftModel
     from peft.utils import PeftType, register_peft_method
 
-    from .peft_patches import patch_peft_model
+    from .peft_patches import patch_optimizers, patch_peft_model
 
     member: Any = extend_str_enum(PeftType, METHOD.upper(), METHOD.upper())
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(member, config_class)
@@ -65,3 +65,4 @@ def register(config_class: type, model_class: type) -> None:
         mapping.pop(member, None)
     register_peft_method(name=METHOD, config_cls=config_class, model_cls=model_class)
     patch_peft_model(PeftModel)
+    patch_optimizers()

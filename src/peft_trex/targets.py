@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
@@ -51,11 +51,17 @@ def check_patterns(config: Any, model: nn.Module) -> None:
 
     whole = [text for text in (config.target_modules, config.exclude_modules) if isinstance(text, str)]
     patterns = [
+        *size_patterns(config),
         *((text, "fullmatch", text) for text in whole),
         *((text, "match", rf"(^|.*\.){text}($|\..*)") for text in listed(config.modules_to_save)),
         *((text, "match", rf"(?:^|.*?\.){text}\.(?P<idx>\d+)\.") for text in listed(config.layers_pattern)),
     ]
     try_patterns(patterns, [path for path, _ in model.named_modules()])
+
+
+def size_patterns(config: Any) -> list[tuple[str, str, str]]:
+    """The patterns of a configuration that give layers sizes of their own, as [`try_patterns`] takes them."""
+    return [(key, "match", rf"(.*\.)?({key})$") for key in (*config.r_a_pattern, *config.r_b_pattern)]
 
 
 def try_patterns(patterns: Iterable[tuple[str, str, str]], names: list[str]) -> None:
@@ -227,8 +233,12 @@ def check_target(target: nn.Module, path: str) -> None:
         )
 
 
-def check_pattern(config: Any, layers: Iterable[str]) -> None:
-    """Raise a ValueError if `expert_pattern` names layers that the adapter is not in."""
+def check_pattern(config: Any, layers: Collection[str]) -> None:
+    """Raise a ValueError if `expert_pattern` names layers that the adapter is not in; warn of sizes for none."""
+    # Pruning may have taken away all layers that a key is for.
+    for key, method, pattern in [] if config.inference_mode else size_patterns(config):
+        if not any(getattr(re, method)(pattern, layer) for layer in layers):
+            warnings.warn(f"No adapted layer has a name that the key {key!r} of a size pattern fits.", stacklevel=2)
     if unknown := set(config.expert_pattern) - set(layers):
         raise ValueError(
             f"expert_pattern names {len(unknown)} modules that the adapter is not in, such as {min(unknown)!r}; it "

@@ -14,6 +14,7 @@ from pythons import PYTHONS
 
 import peft_trex
 from peft_trex import registration
+from peft_trex.loading import complete_card
 
 REGISTRATION = Path(registration.__file__)
 
@@ -83,7 +84,7 @@ def _run(code):
 
 @pytest.mark.slow
 def test_import_is_light():
-    """On top of PEFT, the package loads itself and the modules of transformers that hold its TrainerCallback."""
+    """On top of PEFT, it loads itself, the modules of transformers with its TrainerCallback, and PEFT's optimizers."""
     command = [sys.executable, "-X", "importtime", "-c", "import peft\nimport peft_trex"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
@@ -91,7 +92,8 @@ def test_import_is_light():
     imported = {line.strip() for line in lines[lines.index(" peft") + 1 : lines.index(" peft_trex") + 1]}
     assert {"peft_trex", "peft_trex.model"} <= imported
     packages = {name.partition(".")[0] for name in imported} - set(sys.stdlib_module_names)
-    assert packages == {"peft_trex", "transformers"}
+    assert packages == {"peft", "peft_trex", "transformers"}
+    assert all(name.startswith("peft.optimizers") for name in imported if name.partition(".")[0] == "peft")
     assert len([name for name in imported if name.startswith("transformers.")]) < 10
 
 
@@ -225,8 +227,16 @@ def test_a_method_of_pefts_own_is_left_alone():
 
 
 @pytest.mark.slow
-def test_an_adapter_without_the_import_names_the_method(tmp_path):
+def test_the_error_of_an_adapter_without_the_import_stands_beside_its_cure(tmp_path):
     peft_trex.TRexConfig().save_pretrained(tmp_path)
     result = _run(f"from peft import PeftConfig; PeftConfig.from_pretrained({str(tmp_path)!r})")
     assert result.returncode != 0
-    assert "KeyError" in result.stderr and "TREX" in result.stderr
+    error = result.stderr.strip().splitlines()[-1]
+    assert "TREX" in error and len(error) > 10
+    (tmp_path / "README.md").write_text("A card.")
+    complete_card(str(tmp_path / "README.md"), "AutoModelForCausalLM")
+    root = REGISTRATION.parents[2]
+    for page in (tmp_path / "README.md", root / "README.md", root / "docs" / "coming_from_lora.md"):
+        # The exact error stands beside its cure.
+        cured = [part for part in page.read_text().split("\n## ") if error in part]
+        assert any("import peft_trex" in part and "install" in part for part in cured), page

@@ -173,8 +173,10 @@ def start_layer(
     if config.expert_layout == "paired":
         experts = _paired_experts(loras, energies, layer.trex_A[name].double().cpu())
     else:
-        experts = _grid_experts(loras, energies, config.r_a, config.r_b, config.shared_core)
-    uniform = HALF * layer.trex_settings[name].token_scale / config.num_experts if config.use_router else 0.0
+        r_a, r_b = len(layer.trex_A[name]), layer.trex_B[name].shape[1]
+        experts = _grid_experts(loras, energies, r_a, r_b, config.shared_core)
+    count = experts.weights.shape[1]
+    uniform = HALF * layer.trex_settings[name].token_scale / count if config.use_router else 0.0
     prior_scale = HALF * config.prior_scale
     start = torch.full_like(experts.weights[0], uniform)  # (E,), the weights without a prompt
     scale = experts.equal_weight / (HALF * (uniform + CORE_START * prior_scale if config.shared_core else uniform))
