@@ -48,7 +48,6 @@ lint: $(VENV)/test
 	$(BIN)/mypy
 
 # The pages, into build/site. A link that leads nowhere is an error. `make docs ARGS=serve` shows them while they are written.
-
 docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS),build) --strict
 
