@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 VLLM := .venv-vllm
 WHEEL := .venv-wheel
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
-SOURCES := src tests examples benchmarks
+SOURCES := src tests examples benchmarks docs
 
 # pins an older numpy than ours, which it works with; tests/integrations/test_quantized.py runs it in a process of its own
 GPTQ := gptqmodel optimum device-smi tokenicer logbar defuser pypcre protobuf
@@ -22,7 +22,7 @@ LM_EVAL := lm_eval sacrebleu portalocker tabulate colorama lxml
 SDIST_TESTS := $(addprefix tests/,core/test_mixture.py core/test_packaging.py examples/test_quickstart.py \
 	$(addprefix benchmarks/test_,benchmarks.py operations.py scaling.py))
 
-.PHONY: demo serve test test-fast test-lowest test-newest lint package bench quality clean
+.PHONY: demo serve test test-fast test-lowest test-newest lint docs package bench quality clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -46,6 +46,10 @@ lint: $(VENV)/test
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+
+# The pages, into build/site. A link that leads nowhere is an error. `make docs ARGS=serve` shows them while they are written.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS),build) --strict
 
 # What would be published: the wheel works in an environment that has nothing else, and the tests in the source
 # distribution run there.
@@ -103,6 +107,10 @@ $(VENV)/test: $(VENV)/torch pyproject.toml
 	$(INSTALL) --no-deps --upgrade --target $(VENV)/deepspeed $(DEEPSPEED)
 	$(INSTALL) --no-deps --upgrade --target $(VENV)/lm_eval $(LM_EVAL)
 	rm -rf $(VENV)/lm_eval/lm_eval/tasks/*/
+	touch $@
+
+$(VENV)/docs: $(VENV)/torch pyproject.toml
+	$(INSTALL) -e ".[docs]"
 	touch $@
 
 # vLLM pins other versions than ours, so it has a virtual environment of its own. It brings three packages for images and

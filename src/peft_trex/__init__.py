@@ -20,6 +20,7 @@ from .lora.from_lora import TRexFromLoraReport, trex_from_lora
 from .lora.semantic_router import SemanticRouter
 from .mixture import rank_one_mixture
 from .model import TRexModel
+from .notes import describe_trex
 from .prior.chat import chat_markers
 from .steer import steer_trex
 from .version import VERSION
@@ -43,6 +44,7 @@ __all__ = [
     "TRexRoutingCallback",
     "calibrate_trex_merge",
     "chat_markers",
+    "describe_trex",
     "embed_prompts",
     "initialize_trex_prior",
     "prune_trex",

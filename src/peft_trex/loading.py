@@ -15,8 +15,6 @@ from statistics import mode
 from typing import Any
 
 import torch
-import transformers
-from huggingface_hub import ModelCard
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -37,9 +35,6 @@ PICKLE = (
     f"Pickles can run code and are not read, T-REX adapters are {SAFETENSORS_WEIGHTS_NAME}. If you trust a pickle, "
     "convert it: safetensors.torch.save_file(torch.load(pickle, weights_only=True), safetensors file)."
 )
-CARD_HEADING = "## Loading this adapter"
-# What PEFT says of an adapter whose method it does not know, before any code of this package could run.
-UNKNOWN = "KeyError: 'TREX'"
 # An expert_pattern of some 100,000 layers is as large; the lists in it are on the fourth level.
 MOST_BYTES, MOST_LEVELS = 16 << 20, 16
 # None is an axis that the model gives.
@@ -294,33 +289,3 @@ def _misfit(key: str, in_file: Tensor, in_model: Tensor) -> str:
     kind = "T-REX tensor" if f".{PREFIX}" in key else "tensor"
     shapes = f"{tuple(in_file.shape)} in the file and {tuple(shape_of(in_model))} in the model"
     return f"size mismatch for {key}: the {kind} has shape {shapes}. {FOREIGN}."
-
-
-def complete_card(path: str, auto_class: str) -> None:
-    """Add the tag `trex` and how to load the adapter to a model card."""
-    card = ModelCard.load(path, ignore_metadata_errors=True)
-    card.data["tags"] = sorted({*(card.data.get("tags") or []), "trex"})
-    if CARD_HEADING not in card.text:
-        base = card.data.get("base_model")
-        if isinstance(base, list):
-            base = base[0] if base else None
-        # There is none for some of PEFT's tasks.
-        auto_class = auto_class if hasattr(transformers, auto_class) else "AutoModel"
-        card.text += f"""
-
-{CARD_HEADING}
-
-This is a [T-REX](https://arxiv.org/abs/2404.08985) adapter. PEFT learns the method from the package `peft-trex`, which
-must be installed (`pip install peft-trex`) and imported before the adapter is loaded. Without the import, PEFT and
-transformers stop with `{UNKNOWN}`:
-
-```python
-import peft_trex  # registers the method with PEFT
-from peft import PeftModel
-from transformers import {auto_class}
-
-base = {auto_class}.from_pretrained("{base or "the base model"}")
-model = PeftModel.from_pretrained(base, "this repository's name, or a folder")
-```
-"""
-    card.save(path)

@@ -42,6 +42,7 @@ class TRexModel(BaseTuner):
         peft_config: the configuration of each adapter.
         trex_prior: the [`SemanticPrior`] of each adapter that has one.
         prompts: the [`PromptWatch`], which finds the prior of each forward.
+        card_notes: what the model card of each adapter says besides; see [`describe_trex`].
     """
 
     prefix: str = PREFIX
@@ -57,6 +58,7 @@ class TRexModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         # PEFT has nothing to prepare. Here the layers, which are built next, need the channel that they read from.
         self.trex_prior = nn.ModuleDict()
+        self.card_notes: dict[str, dict[str, Any]] = {}
         adapters = Adapters(
             base=self.model,
             configs=self.peft_config,
@@ -122,6 +124,7 @@ class TRexModel(BaseTuner):
         return prior
 
     def _set_prior(self, adapter_name: str, prior: SemanticPrior | None) -> None:
+        self.card_notes.pop(adapter_name, None)
         if adapter_name in self.trex_prior:
             del self.trex_prior[adapter_name]
         if prior is not None:
@@ -267,6 +270,7 @@ class TRexModel(BaseTuner):
         check_tensors(adapter_name, in_model, tensors, biases | embeddings, newer)
         cores = {f"{name}.{STATIC}": weights for name, weights in static.items()}
         check_values(cores, in_model)
+        find_tuner(model).card_notes.pop(adapter_name, None)
         # A layer makes room for its static weights, or drops them, when they are loaded.
         return tensors | saved_rows.for_model(rows, tensors) | {f"{key}.{adapter_name}": cores[key] for key in cores}
 

@@ -20,7 +20,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .loading import FOREIGN, IN_FILE, PICKLE, PREFIX, check_config, check_weights, complete_card
+from .card import complete_card, facts_of_model
+from .loading import FOREIGN, IN_FILE, PICKLE, PREFIX, check_config, check_weights
 from .prior.hooks import PromptWatch
 from .undo import Snapshot, Undone, copies
 
@@ -111,9 +112,12 @@ def _with_adapter(replacement: Method, original: Method) -> Method:
 
 
 def _write_card(original: Method, model: Any, output_dir: str) -> None:
-    """Add to the model card what loading a T-REX adapter needs, wherever PEFT or a Trainer writes the card."""
+    """Fill in the model card with what a T-REX adapter is and needs, wherever PEFT or a Trainer writes the card."""
     original(model, output_dir)
-    complete_card(os.path.join(output_dir, "README.md"), type(model).__name__.replace("PeftModel", "AutoModel"))
+    names = [name for name, config in model.peft_config.items() if config.peft_type == "TREX"]
+    name = next((name for name in names if name in model.active_adapters), names[0])
+    auto_class = type(model).__name__.replace("PeftModel", "AutoModel")
+    complete_card(os.path.join(output_dir, "README.md"), auto_class, facts_of_model(model.base_model, name))
 
 
 def _upload_with_card(original: Method, model: Any, working_dir: str, *args: Any, **kwargs: Any) -> Any:

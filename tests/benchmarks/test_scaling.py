@@ -1,4 +1,4 @@
-"""The arithmetic of docs/scaling.md: against what PyTorch, bitsandbytes and the package really do, at small sizes."""
+"""The arithmetic of docs/explain/scaling.md: against what PyTorch, bitsandbytes and the package do at small sizes."""
 
 import pickle
 import shutil

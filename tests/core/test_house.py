@@ -19,14 +19,16 @@ FLOORS = [
     {"fast"},
     {"router_losses", "unsuited"},
     {"prior"},
-    {"checks", "config", "loading", "saved_rows", "targets", "registration", "peft_patches", "words"},
+    {"card", "checks", "config", "loading", "saved_rows", "targets", "registration", "peft_patches", "words"},
     {"parameters", "layer"},
     {"model"},
-    {"data_pass", "steer"},
+    {"data_pass", "notes", "steer"},
     {"fit"},
     {"analysis"},
     {"lora"},
     {"deploy"},
+    {"files"},
+    {"cli"},
     {"__init__"},
 ]
 MOST_LINES = 350

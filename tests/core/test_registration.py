@@ -14,7 +14,7 @@ from pythons import PYTHONS
 
 import peft_trex
 from peft_trex import registration
-from peft_trex.loading import complete_card
+from peft_trex.card import complete_card
 
 REGISTRATION = Path(registration.__file__)
 
@@ -234,9 +234,9 @@ def test_the_error_of_an_adapter_without_the_import_stands_beside_its_cure(tmp_p
     error = result.stderr.strip().splitlines()[-1]
     assert "TREX" in error and len(error) > 10
     (tmp_path / "README.md").write_text("A card.")
-    complete_card(str(tmp_path / "README.md"), "AutoModelForCausalLM")
+    complete_card(str(tmp_path / "README.md"), "AutoModelForCausalLM", {})
     root = REGISTRATION.parents[2]
-    for page in (tmp_path / "README.md", root / "README.md", root / "docs" / "coming_from_lora.md"):
+    for page in (tmp_path / "README.md", root / "README.md", root / "docs" / "guide" / "coming-from-lora.md"):
         # The exact error stands beside its cure.
         cured = [part for part in page.read_text().split("\n## ") if error in part]
         assert any("import peft_trex" in part and "install" in part for part in cured), page

@@ -16,7 +16,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft_trex import TRexConfig
 
 LORA = [one.name for one in dataclasses.fields(LoraConfig) if one.name not in TRexConfig.__dataclass_fields__]
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "coming_from_lora.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "guide" / "coming-from-lora.md"
 
 
 def told(**words):

@@ -130,6 +130,7 @@ def calibrate_trex_merge(
     with Undone(Snapshot(tuner)):
         for name, layer in layers.items():
             layer.keep_static(adapter_name, solutions[name].static)
+        tuner.card_notes.setdefault(adapter_name, {})["merge"] = report
     return report
 
 

@@ -20,6 +20,7 @@ from ..config import TRexConfig
 from ..data_pass import Data, Reading, check_count
 from ..layer import TRexLayer
 from ..model import REFERENCE, TRexModel, find_tuner
+from ..notes import describe_trex
 from ..prior.chat import ChatMarkers
 from ..prior.inputs import EMBEDS, Inputs
 from ..prior.semantic_prior import SemanticPrior
@@ -182,6 +183,8 @@ class TRexPriorCallback(TrainerCallback):
         if model is None or train_dataloader is None:
             raise ValueError("TRexPriorCallback needs the Trainer's model and train_dataloader.")
         tuner = find_tuner(model)
+        for name in tuner.active_adapters:
+            describe_trex(tuner, adapter_name=name, learning_rate=args.learning_rate or None)
         priors = {name: tuner.prior_of(name) for name in tuner.active_adapters}
         names = [name for name, prior in priors.items() if prior is not None and not prior.fitted]
         if not names:
