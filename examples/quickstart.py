@@ -245,7 +245,8 @@ def main() -> None:
     after = accuracy(model, tokenizer, test, "after")
 
     calibration = torch.utils.data.DataLoader(data, batch_size=16, collate_fn=collator)
-    print(calibrate_trex_merge(model, calibration, per_cluster=True, max_batches=20))
+    # Cores serve clusters well, and leave the adapter's file small.
+    print(calibrate_trex_merge(model, calibration, fit="core", per_cluster=True, max_batches=20))
 
     probe = test[:32]
     routed = answer_logits(model, tokenizer, probe)
@@ -267,7 +268,7 @@ def main() -> None:
     print(routing)
     print(f"which experts each task uses, and all the rest: {out / 'routing.md'}, {out / 'routing.png'}")
 
-    print(calibrate_trex_merge(model, calibration, fit="input", max_batches=20))
+    print(calibrate_trex_merge(model, calibration, max_batches=20))
     merged = model.merge_and_unload()
     merged_accuracy = accuracy(merged, tokenizer, test, "merged")
     merged_kl = mean_kl(routed, answer_logits(merged, tokenizer, probe))

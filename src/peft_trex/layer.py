@@ -22,8 +22,10 @@ from .quantized import read_weight, restore_weight, write_weight
 
 APPROXIMATE = (
     "T-REX depends on its input, so no static weight equals it. The adapter is merged approximately, with its mean "
-    "routing: uniform over the experts for the tokens, the training prompts' mean scores for the prior. "
-    "calibrate_trex_merge finds the best static weights, and says what they miss."
+    "routing: uniform over the experts for the tokens, the training prompts' mean scores for the prior. This may lose "
+    "most of what it has learnt: of the demo's tasks 82 % were right before and 38 % after. Call "
+    "calibrate_trex_merge(model, dataloader) first, which finds the best static weights (79 % there) and says what "
+    "they miss."
 )
 # Without a router, the experts' weights come of the scores and these.
 SOURCES = ("trex_map", "trex_core", "trex_omega", "trex_gate")

@@ -34,7 +34,7 @@ FLOORS = [
 MOST_LINES = 350
 MOST_PARAMETERS = 7
 # These are public functions whose options are keywords.
-MANY_OPTIONS = {"initialize_trex_prior", "rank_one_mixture"}
+MANY_OPTIONS = {"calibrate_trex_merge", "initialize_trex_prior", "rank_one_mixture"}
 
 
 def module_of(path):

@@ -1,7 +1,8 @@
 """Static weights for an input-dependent adapter: the best ones in closed form, and what they miss.
 
 Axis legend: N tokens, D_in and D_out a layer's widths, r_a input and r_b output features, n the width of the features
-that a fit starts from (r_a for "core", D_in for "input"), K clusters, S = 1 + K sets of tokens.
+that a fit starts from (r_a for "core", D_in for "input"), K clusters, S = K + 1 sets of tokens, the last of which has
+those without a cluster.
 
 A layer adds `gate * B m` with `m = a G` and `a = A x`, where G depends on token and prompt. The static U that misses
 least of it, `E |B m - B U z|^2` for z = a or z = x, is `E[m z^T] E[z z^T]^-1`, whatever B is. The result is a LoRA of
@@ -10,13 +11,16 @@ rank r_b or less.
 
 from __future__ import annotations
 
+import itertools
+import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +32,13 @@ from ..mixture import mix_features
 from ..model import find_peft_model, find_tuner
 from ..prior.inputs import Inputs
 from ..undo import Snapshot, Undone
-from .moments import RIDGE, Moments, ridge
+from .moments import RIDGE, Moments, add_products, ridge
+from .shared import InputSums, fill, fitting, share
 
-Fit = Literal["core", "input"]
-# Moments (D_in, D_in) of this size are held at once; if the layers need more, the data are read several times.
-WIDE_BYTES = 2 << 30
+Fit = Literal["auto", "core", "input"]
+# With four tokens for each entry of a layer's input, the fit to "input" missed more of new tokens than "core" did
+# (`benchmarks/results/studies.md`); with ten, on the demo's tasks, it was far better. "auto" asks for so many.
+LEAST_TOKENS = 10
 
 
 @dataclass(frozen=True)
@@ -40,8 +46,8 @@ class TRexMergeReport:
     """What static weights miss. Errors are shares of the energy that the adapter adds: 0 misses nothing.
 
     Attributes:
-        fit, tokens: "core" or "input", and the number of tokens that were seen.
-        ridge: what was added to the diagonal of the second moments, as a share of its mean.
+        fits: "core" or "input" for each layer, as [`calibrate_trex_merge`] explains them.
+        tokens: the number of tokens that were seen.
         layers: E |adapter - static|^2 / E |adapter|^2 of each layer over these tokens.
         error: the same for all layers together, each counting by the energy that it adds.
         mean_routing_error: the same for the mean routing, which merging uses without a calibration.
@@ -50,9 +56,8 @@ class TRexMergeReport:
             weights of all tokens.
     """
 
-    fit: str
+    fits: dict[str, str]
     tokens: int
-    ridge: float
     layers: dict[str, float]
     error: float
     mean_routing_error: float
@@ -62,8 +67,10 @@ class TRexMergeReport:
     def __str__(self) -> str:
         ranked = sorted(self.layers.items(), key=itemgetter(1))
         (_, median), (name, worst) = ranked[len(ranked) // 2], ranked[-1]
+        fits = Counter(self.fits.values()).most_common()
+        fit = fits[0][0] if len(fits) == 1 else " and ".join(f"{kind} in {count} layers" for kind, count in fits)
         text = (
-            f"T-REX merge ({self.fit}, {self.tokens} tokens): misses {self.error:.2%} of what the adapter adds, the "
+            f"T-REX merge ({fit}, {self.tokens} tokens): misses {self.error:.2%} of what the adapter adds, the "
             f"mean routing {self.mean_routing_error:.2%}; median layer {median:.2%}, worst {worst:.2%} ({name})"
         )
         if self.cluster_error is None:
@@ -78,7 +85,8 @@ def calibrate_trex_merge(
     *,
     adapter_name: str = "default",
     per_cluster: bool = False,
-    fit: Fit = "core",
+    fit: Fit = "auto",
+    memory_gb: float = 2.0,
     max_batches: int | None = None,
     progress: bool = True,
 ) -> TRexMergeReport:
@@ -95,10 +103,15 @@ def calibrate_trex_merge(
             from the answer as in training. Padding does not count.
         adapter_name, max_batches, progress: as for [`routing_report`].
         per_cluster: fit the tokens of each cluster of prompts besides those of all, for [`save_trex_as_lora`]. A
-            cluster is drawn to the weights of all tokens as if it had seen r_a (D_in for "input") of these more.
+            cluster is drawn to the weights of all tokens as if it had seen r_a of these more; for "input" to these
+            weights or to its own best core, whichever misses less, as if it had seen D_in tokens more.
         fit: "core" finds the best (r_b, r_a) matrix between A and B, with a few hundred numbers for each layer in
-            memory and in the adapter's file. "input" finds the best (r_b, D_in) matrix before B, which misses less. It
-            sums up (D_in, D_in) moments for each layer and set of tokens, and reads the data once for every 2 GB.
+            memory and in the adapter's file. "input" finds the best (r_b, D_in) matrix before B, which misses far
+            less. It sums up (D_in, D_in) moments for each set of tokens, once for layers that read the same tensor (q,
+            k and v), and reads the data again for what `memory_gb` has no room for. "auto" reads the data once, and
+            takes "input" for the layers whose moments fit into `memory_gb`, narrow inputs first, and that see at least
+            ten tokens for each entry of their input; "core" for the others.
+        memory_gb: for the moments of "input" that are held at once, in GB of 2^30 bytes, beside the model.
 
     Raises:
         ValueError, TypeError: if there is no such adapter, it is merged, `per_cluster` has no fitted prior to go by,
@@ -107,26 +120,24 @@ def calibrate_trex_merge(
     tuner = find_tuner(model)
     config, prior = tuner.config_of(adapter_name), tuner.prior_of(adapter_name)
     check_count("max_batches", max_batches)
-    if fit not in RIDGE:
-        raise ValueError(f"fit={fit!r} is unknown; use 'core' or 'input'.")
+    if fit not in get_args(Fit):
+        raise ValueError(f"fit={fit!r} is unknown; use 'auto', 'core' or 'input'.")
+    if isinstance(memory_gb, bool) or not isinstance(memory_gb, (int, float)) or not 0 <= memory_gb < math.inf:
+        raise ValueError(f"memory_gb={memory_gb!r} must be a finite number of at least 0.")
     if per_cluster and (prior is None or not prior.fitted):
         reason = "is not fitted" if config.use_prior else "is switched off (use_prior=False)"
         raise ValueError(f"per_cluster=True goes by the clusters of the prior, which {reason}; set per_cluster=False.")
     check_unmerged(tuner, "the calibration")
     layers, clusters = tuner.layers_of(adapter_name), config.num_clusters if per_cluster else 0
-    groups = _groups(layers, 1 + clusters, fit)
-    if len(groups) > 1 and isinstance(dataloader, Iterator):
-        raise ValueError(
-            f"fit='input' reads the data {len(groups)} times for this model, but the dataloader is an iterator, which "
-            "can be read once; give a DataLoader or a list of batches, or use fit='core'."
-        )
     data = Data(dataloader, max_batches, "T-REX merge" if progress else None)
+    data, passes = _plan(model, adapter_name, data, 1 + clusters, (fit, int(memory_gb * 2**30)))
     solutions: dict[str, _Solution] = {}
-    for group in groups:
-        moments = _gather(model, adapter_name, group, data, 1 + clusters, fit)
-        for name, layer in group.items():
-            solutions[name] = _solve(name, layer, adapter_name, moments.pop(name), fit)
-    report = _report(solutions, fit, clusters)
+    for wide in passes:
+        sums = _Sums({name: layers[name] for name in (wide if fit == "input" else layers)}, wide, 1 + clusters)
+        _gather(model, adapter_name, data, sums)
+        for name in sums.layers:
+            solutions[name] = _solve(name, layers[name], adapter_name, sums.of(name), fit)
+    report = _report({name: solutions[name] for name in layers}, clusters)
     with Undone(Snapshot(tuner)):
         for name, layer in layers.items():
             layer.keep_static(adapter_name, solutions[name].static)
@@ -137,94 +148,154 @@ def calibrate_trex_merge(
 class _Solution(NamedTuple):
     """The static weights of a layer, and sums over its tokens."""
 
-    static: Tensor  # (S, r_b, n)
+    fit: str
+    static: Tensor  # (1 + K, r_b, n)
     tokens: list[int]  # (S,)
     # The sums of |B m|^2, and of what all tokens' weights, the mean routing and the clusters' weights miss of it.
     energy: float
     missed: tuple[float, float, float]
 
 
-def _groups(layers: Mapping[str, TRexLayer], sets: int, fit: Fit) -> list[dict[str, TRexLayer]]:
-    """The layers in groups whose moments can be held at once."""
-    groups: list[dict[str, TRexLayer]] = [{}]
-    held = 0
-    for name, layer in layers.items():
-        size = sets * layer.in_features**2 * 8 if fit == "input" else 0
-        held += size
-        if groups[-1] and held > WIDE_BYTES:
-            groups.append({})
-            held = size
-        groups[-1][name] = layer
-    return groups
+class _Sums:
+    """The moments of layers over the data: of each cluster and, last, of the tokens that have none.
+
+    Those of `A x` are kept for each of the `layers`, those of x for the names in `wide`.
+    """
+
+    def __init__(self, layers: Mapping[str, Any], wide: Collection[str], sets: int) -> None:
+        self.layers, self.wide, self.sets = layers, wide, sets
+        self.cores: dict[str, Moments] = {}
+        self.mixed: dict[str, Tensor] = {}  # the sums of m x^T (S, r_b, D_in)
+        self.inputs = InputSums(sets)
+
+    def of(self, name: str) -> tuple[Moments, Moments | None]:
+        """The moments of a layer: of `A x`, and of x if there are some."""
+        core, inputs = self.cores[name], self.inputs.of(name)
+        return core, None if inputs is None else Moments(inputs, self.mixed[name], core.mm, core.tokens)
 
 
-def _gather(
-    model: nn.Module, adapter_name: str, layers: Mapping[str, Any], data: Data, sets: int, fit: Fit
-) -> dict[str, Moments]:
-    """The moments of these layers over the data: of each cluster and, last, of the tokens that have none."""
-    tuner, peft_model, moments = find_tuner(model), find_peft_model(model), {}
-    for name, layer in layers.items():
+def _plan(
+    model: nn.Module, adapter_name: str, data: Data, sets: int, limits: tuple[Fit, int]
+) -> tuple[Data, list[Collection[str]]]:
+    """The layers that are fitted from all of their input, in each pass over the data, and data that can be read anew.
+
+    The first batch tells which layers share their inputs, where that matters.
+    """
+    (fit, most), layers = limits, find_tuner(model).layers_of(adapter_name)
+    if fit == "core":
+        return data, [()]
+    alone = share(layers, adapter_name, (), sets)
+    if sum(shared.size for shared in alone) <= most:
+        return data, [list(layers)]
+    once = isinstance(data.batches, Iterator)
+    first: Iterable[Any] = data.batches
+    if once:
+        first, rest = itertools.tee(data.batches)
+        data = replace(data, batches=rest)
+    watched = _Sums(layers, list(layers), 0)
+    _gather(model, adapter_name, Data(first, 1), watched)
+    together = share(layers, adapter_name, watched.inputs.groups, sets)
+    if fit == "auto":
+        return data, [fitting(layers, together, most)]
+    passes = fill(together, most)
+    if once and len(passes) > 1:
+        raise ValueError(
+            f"fit='input' reads the data {len(passes)} times for this model, but the dataloader is an iterator, which "
+            "can be read once; give a DataLoader or a list of batches, more memory_gb, or use fit='auto'."
+        )
+    return data, list(passes)
+
+
+def _gather(model: nn.Module, adapter_name: str, data: Data, sums: _Sums) -> None:
+    """Run the model over the data, and sum up what the layers do."""
+    tuner, peft_model, sets = find_tuner(model), find_peft_model(model), sums.sets
+    for name, layer in sums.layers.items():
         A, B = layer.trex_A[adapter_name], layer.trex_B[adapter_name]
         # MPS has no float64.
         device = torch.device("cpu") if A.device.type == "mps" else A.device
-        moments[name] = Moments.zeros(sets, A.shape[1 if fit == "input" else 0], B.shape[1], device)
+        sums.cores[name] = Moments.zeros(sets, len(A), B.shape[1], device)
+        if name in sums.wide:
+            sums.mixed[name] = sums.cores[name].mz.new_zeros(sets, B.shape[1], A.shape[1])
 
     def count(name: str, layer: TRexLayer, args: tuple) -> None:
-        A, sums = layer.trex_A[adapter_name], moments[name]
-        x = layer._cast_input_dtype(args[0], A.dtype)
+        A, core = layer.trex_A[adapter_name], sums.cores[name]
+        x, kept = layer._cast_input_dtype(args[0], A.dtype), attended.kept(args[0], layer)
+        clusters = layer.cluster_of(x, adapter_name) if sets > 1 else x.new_zeros(x.shape[:-1], dtype=torch.long)
+        where = clusters[kept].to(core.zz.device)
+        rows = sums.inputs.read(name, args[0], x, kept, where) if name in sums.wide else None
+        if not sets:
+            return
         a = F.linear(x, A)
         m = mix_features(a, layer.expert_weights(x, adapter_name), layer.trex_settings[adapter_name].layout)
-        clusters = layer.cluster_of(x, adapter_name) if sets > 1 else x.new_zeros(x.shape[:-1], dtype=torch.long)
-        mask = attended.kept(args[0], layer)
-        sums.add(*(values[mask].to(sums.zz.device) for values in (x if fit == "input" else a, m, clusters)))
+        a, m = (values[kept].to(core.zz.device) for values in (a, m))
+        core.add(a, m, where)
+        if rows is not None:
+            add_products(sums.mixed[name], m, rows, where)
 
     passing = DataPass(tuner, adapter_name, data)
     with Undone(passing), Attended(tuner) as attended, passing as batches, ExitStack() as hooks:
-        for name, layer in layers.items():
+        for name, layer in sums.layers.items():
             hooks.enter_context(layer.register_forward_pre_hook(partial(count, name)))
         for batch in batches:
             attended.start(Inputs.of(batch))
             peft_model(**batch)
-    return moments
+            sums.inputs.close()
 
 
-def _solve(name: str, layer: TRexLayer, adapter_name: str, moments: Moments, fit: Fit) -> _Solution:
+def _solve(
+    name: str, layer: TRexLayer, adapter_name: str, sums: tuple[Moments, Moments | None], fit: Fit
+) -> _Solution:
     """Static weights for all tokens of a layer and for those of each cluster."""
-    parameters = (layer.trex_A, layer.trex_B, layer.trex_gate)
-    A, B, gate = (parameter[adapter_name].detach().to(moments.zz) for parameter in parameters)
+    parameters, (core, wide) = (layer.trex_A, layer.trex_B, layer.trex_gate), sums
+    A, B, gate = (parameter[adapter_name].detach().to(core.zz) for parameter in parameters)
     BB = torch.sigmoid(layer.trex_settings[adapter_name].temperature * gate) ** 2 * (B.T @ B)
-    start = best = layer.mean_core(adapter_name).to(A)
-    total = moments.of()
+    start = layer.mean_core(adapter_name).to(A)
+    total, tokens = core.of(), int(core.tokens.sum())
     if not all(torch.isfinite(tensor).all() for tensor in (total.zz, total.mm, start, BB)):
         raise ValueError(
             f"NaN or infinity came up in the layer {name}: the adapter {adapter_name!r} seems to be broken, or the "
             "model on this data. Nothing was stored."
         )
-    tokens = int(total.tokens)
     if 0 < tokens < len(A):
         raise ValueError(
             f"The layer {name} saw {tokens} tokens, fewer than the adapter has input vectors (r_a={len(A)}); a fit "
             "needs many times as many. Give more batches. Nothing was stored."
         )
-    if fit == "input":
-        core = Moments(A @ total.zz @ A.T, total.mz @ A.T, total.mm, total.tokens)
-        start, best = start @ A, core.solve(start, ridge(core.zz, RIDGE["core"])) @ A
-    pull = ridge(total.zz, RIDGE[fit])
-    best = total.solve(best, pull)
-    # Each cluster is drawn to the weights of all tokens as if it had seen n tokens more of them.
-    few = pull + total.zz * (len(total.zz) / max(1, tokens))
-    *clusters, rest = (moments.of(index) for index in range(len(moments.tokens)))
-    statics = [cluster.solve(best, few) for cluster in clusters]
-    missed_by_clusters = sum(cluster.missed(U, BB) for cluster, U in zip(clusters, statics, strict=True))
-    static = torch.stack([best, *statics])
+    missed_by_mean, kind, moments = total.missed(start, BB), "core", core
+    static = _fit_sets(core, BB, start[None], RIDGE["core"])
     # The width tells a core from a wide matrix; where r_a = D_in it cannot, so the core is stored as a wide one.
-    if fit == "core" and A.shape[0] == A.shape[1]:
-        static = static @ A
-    missed = (total.missed(best, BB), total.missed(start, BB), missed_by_clusters + rest.missed(best, BB))
-    return _Solution(static.float(), moments.tokens.long().tolist(), (BB * total.mm).sum().item(), missed)
+    widened = A.shape[0] == A.shape[1]
+    if wide is not None and (fit == "input" or tokens >= LEAST_TOKENS * A.shape[1]):
+        kind, moments, widened = "input", wide, False
+        static = _fit_sets(wide, BB, static @ A, RIDGE["input"])
+    # Tokens without a cluster get the weights of all tokens.
+    by_cluster = zip([*static[1:], static[0]], map(moments.of, range(len(moments.tokens))), strict=True)
+    missed = (moments.of().missed(static[0], BB), missed_by_mean, sum(each.missed(U, BB) for U, each in by_cluster))
+    static = (static @ A if widened else static).float()
+    return _Solution(kind, static, core.tokens.long().tolist(), (BB * total.mm).sum().item(), missed)
 
 
-def _report(solutions: Mapping[str, _Solution], fit: Fit, clusters: int) -> TRexMergeReport:
+def _fit_sets(moments: Moments, BB: Tensor, starts: Tensor, share: float) -> Tensor:
+    """Static weights (1 + K, r_b, n) for all tokens and for those of each cluster.
+
+    Args:
+        BB: B^T B of the gated B.
+        starts: (1, r_b, n) or (1 + K, r_b, n), weights to begin with, for all tokens and for each cluster.
+        share: of the ridge.
+    """
+    total, K = moments.of(), len(moments.tokens) - 1
+    pull = ridge(total.zz, share)
+    found = [total.solve(starts[0], pull)]
+    few = pull + total.zz * (len(total.zz) / max(1, int(total.tokens)))
+    for index in range(K):
+        cluster, start = moments.of(index), found[0]
+        if len(starts) > 1 and cluster.missed(starts[1 + index], BB) < cluster.missed(start, BB):
+            start = starts[1 + index]
+        found.append(cluster.solve(start, few))
+    return torch.stack(found)
+
+
+def _report(solutions: Mapping[str, _Solution], clusters: int) -> TRexMergeReport:
     seen = {name: solution for name, solution in solutions.items() if any(solution.tokens)}
     unseen = [name for name in solutions if name not in seen]
     if not seen:
@@ -241,9 +312,8 @@ def _report(solutions: Mapping[str, _Solution], fit: Fit, clusters: int) -> TRex
     missed = zip(*(solution.missed for solution in seen.values()), strict=True)
     error, mean_routing_error, cluster_error = (sum(by_layer) / energy for by_layer in missed)
     return TRexMergeReport(
-        fit=fit,
+        fits={name: solution.fit for name, solution in seen.items()},
         tokens=sum(tokens),
-        ridge=RIDGE[fit],
         layers={name: solution.missed[0] / (solution.energy or 1.0) for name, solution in seen.items()},
         error=error,
         mean_routing_error=mean_routing_error,

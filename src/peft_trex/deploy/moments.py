@@ -34,15 +34,7 @@ class Moments(NamedTuple):
         """Count tokens in: z (N, n), m (N, r_b), and the set (N,) that each token belongs to."""
         self.tokens.index_add_(0, sets, torch.ones_like(sets, dtype=torch.float64))
         for total, left, right in ((self.zz, z, z), (self.mz, m, z), (self.mm, m, m)):
-            # There is room for the products of single tokens only where they are small.
-            if left.shape[1] * right.shape[1] <= 1024:
-                total.index_add_(0, sets, left.double()[:, :, None] * right.double()[:, None, :])
-                continue
-            # Large products in float64 would take most of the time.
-            dtype = torch.promote_types(z.dtype, torch.float32)
-            for index in sets.unique().tolist():
-                chosen = sets == index
-                total[index] += left[chosen].to(dtype).T @ right[chosen].to(dtype)
+            add_products(total, left, right, sets)
 
     def of(self, index: int | None = None) -> Moments:
         """The moments of one set, or of all tokens, without the axis S."""
@@ -56,6 +48,19 @@ class Moments(NamedTuple):
         """Sum over the tokens of |B m - B U z|^2, with BB = B^T B (r_b, r_b)."""
         cross = U @ self.mz.T
         return max(0.0, (BB * (self.mm - cross - cross.T + U @ self.zz @ U.T)).sum().item())
+
+
+def add_products(total: Tensor, left: Tensor, right: Tensor, sets: Tensor) -> None:
+    """Add each token's `left right^T` to the sum of its set: total (S, a, b), left (N, a), right (N, b), sets (N,)."""
+    # There is room for the products of single tokens only where they are small.
+    if left.shape[1] * right.shape[1] <= 1024:
+        total.index_add_(0, sets, left.double()[:, :, None] * right.double()[:, None, :])
+        return
+    # Large products in float64 would take most of the time.
+    dtype = torch.promote_types(left.dtype, torch.float32)
+    for index in sets.unique().tolist():
+        chosen = sets == index
+        total[index] += left[chosen].to(dtype).T @ right[chosen].to(dtype)
 
 
 def ridge(zz: Tensor, share: float) -> Tensor:
