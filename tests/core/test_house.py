@@ -26,7 +26,7 @@ FLOORS = [
     {"fit"},
     {"analysis"},
     {"lora"},
-    {"deploy"},
+    {"deploy", "serve_router"},
     {"__init__"},
 ]
 MOST_LINES = 350
