@@ -2,28 +2,44 @@
 
 Importing this package registers the method: afterwards `get_peft_model`, `PeftModel.from_pretrained` and their kin
 know `TRexConfig` and the adapters saved with it.
+
+An engine's environment need not have PEFT. Without PEFT or torch, only `SemanticRouter` and `serve_router` can be
+used, and asking for anything else names what is missing.
 """
 
-from . import registration
-from .analysis.callback import TRexRoutingCallback
-from .analysis.figures import LayerRouting
-from .analysis.routing import RoutingReport, routing_report
-from .config import TRexConfig
-from .deploy.calibration import TRexMergeReport, calibrate_trex_merge
-from .deploy.pruning import PruningPoint, TRexPruneReport, prune_trex, pruning_curve
-from .fit.clustering import TRexPriorReport
-from .fit.external import SemanticEmbedsCollator, embed_prompts
-from .fit.fitting import TRexPriorCallback, initialize_trex_prior
-from .layer import TRexLayer
-from .lora.export import save_trex_as_lora
-from .lora.from_lora import TRexFromLoraReport, trex_from_lora
+from typing import Any
+
 from .lora.semantic_router import SemanticRouter
-from .mixture import rank_one_mixture
-from .model import TRexModel
-from .notes import describe_trex
-from .prior.chat import chat_markers
-from .steer import steer_trex
 from .version import VERSION
+
+# An engine has torch and no PEFT, and would import torch, transformers and more until that was found out.
+try:
+    import peft  # noqa: F401
+
+    from . import registration
+    from .analysis.callback import TRexRoutingCallback
+    from .analysis.figures import LayerRouting
+    from .analysis.routing import RoutingReport, routing_report
+    from .config import TRexConfig
+    from .deploy.calibration import TRexMergeReport, calibrate_trex_merge
+    from .deploy.pruning import PruningPoint, TRexPruneReport, prune_trex, pruning_curve
+    from .fit.clustering import TRexPriorReport
+    from .fit.external import SemanticEmbedsCollator, embed_prompts
+    from .fit.fitting import TRexPriorCallback, initialize_trex_prior
+    from .layer import TRexLayer
+    from .lora.export import save_trex_as_lora
+    from .lora.from_lora import TRexFromLoraReport, trex_from_lora
+    from .mixture import rank_one_mixture
+    from .model import TRexModel
+    from .notes import describe_trex
+    from .prior.chat import chat_markers
+    from .steer import steer_trex
+except ModuleNotFoundError as error:
+    if error.name not in ("peft", "torch"):
+        raise
+    _MISSING: str | None = error.name
+else:
+    _MISSING = None
 
 __version__ = VERSION
 
@@ -56,4 +72,15 @@ __all__ = [
     "trex_from_lora",
 ]
 
-registration.register(TRexConfig, TRexModel)
+if _MISSING is None:
+    registration.register(TRexConfig, TRexModel)
+
+
+def __getattr__(name: str) -> Any:
+    if _MISSING is not None and name in __all__:
+        raise ModuleNotFoundError(
+            f"peft_trex.{name} needs {_MISSING}, which is not installed here: pip install peft-trex. Without it only "
+            "SemanticRouter and serve_router work.",
+            name=_MISSING,
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,7 +26,7 @@ FLOORS = [
     {"fit"},
     {"analysis"},
     {"lora"},
-    {"deploy"},
+    {"deploy", "serve_router"},
     {"files"},
     {"cli"},
     {"__init__"},

@@ -45,6 +45,7 @@ def save_trex_as_lora(
     adapter_name: str = "default",
     per_cluster: bool = True,
     save_embedding_layers: bool | Literal["auto"] = "auto",
+    base_model: str | None = None,
 ) -> None:
     """Save an adapter as plain LoRA, which PEFT, vLLM and others load and serve without this package.
 
@@ -60,6 +61,8 @@ def save_trex_as_lora(
             chooses between them: `router.json` and `router.safetensors`, for a [`SemanticRouter`], and for readers
             a copy of its module. They hold the adapter's chat markers, so that the router pools what the model does.
         save_embedding_layers: as in PEFT's `save_pretrained`, with each LoRA; "auto" saves resized ones.
+        base_model: the base model's name or folder where the LoRA will be served, if it is not the one that the
+            adapter was trained on; a server that looks adapters up by their base model compares the two.
 
     Raises:
         FileExistsError: if there is something at `path` already.
@@ -79,6 +82,7 @@ def save_trex_as_lora(
     trained = {key: tensor for key, tensor in saved.items() if not key.endswith(of_trex) and ".trex_prior." not in key}
     trained = _checked(trained, adapter_name)
     clusters = [f"cluster_{index:02d}" for index in range(config.num_clusters if per_cluster else 0)]
+    base_model = base_model or config.base_model_name_or_path
     with _appearing(Path(path).resolve()) as folder:
         for name, cluster in zip((".", *clusters), (None, *range(len(clusters))), strict=True):
             tensors, rank = _lora_tensors(layers, adapter_name, cluster)
@@ -89,14 +93,18 @@ def save_trex_as_lora(
                 modules_to_save=config.modules_to_save if trained else None,
                 fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
                 task_type=config.task_type,
-                base_model_name_or_path=config.base_model_name_or_path,
+                base_model_name_or_path=base_model,
                 revision=config.revision,
                 inference_mode=True,
             )
             lora.save_pretrained(str(folder / name))
             save_file({**tensors, **trained}, folder / name / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         if per_cluster:
-            _save_router(folder, tuner, adapter_name, clusters)
+            # Servers that find an adapter by its name look for a folder of that name.
+            (folder / OVERALL).mkdir()
+            for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+                shutil.copyfile(folder / name, folder / OVERALL / name)
+            _save_router(folder, tuner, adapter_name, clusters, base_model)
         written = semantic_router.hashes_of(folder, semantic_router.exported_files(folder))
         lines = [f"{digest}  {name}\n" for name, digest in written.items()]
         (folder / semantic_router.HASHES).write_text("".join(lines), encoding="utf-8")
@@ -243,7 +251,9 @@ def target_names(model: nn.Module, layers: Mapping[str, TRexLayer]) -> list[str]
 
 
 @torch.no_grad()
-def _save_router(folder: Path, tuner: TRexModel, adapter_name: str, clusters: list[str]) -> None:
+def _save_router(
+    folder: Path, tuner: TRexModel, adapter_name: str, clusters: list[str], base_model: str | None
+) -> None:
     config, prior, embedding = tuner.config_of(adapter_name), tuner.prior_of(adapter_name), tuner.input_embedding()
     # Clusters can only be calibrated with a prior.
     assert prior is not None
@@ -267,7 +277,7 @@ def _save_router(folder: Path, tuner: TRexModel, adapter_name: str, clusters: li
         chat["chat_markers"] = markers.as_value()
     settings = {
         "version": semantic_router.VERSION if markers is None else semantic_router.VERSION_WITH_MARKERS,
-        "base_model_name_or_path": config.base_model_name_or_path,
+        "base_model_name_or_path": base_model,
         "prior_encoder": config.prior_encoder,
         "default": OVERALL,
         "adapters": {OVERALL: ".", **{name: name for name in clusters}},
