@@ -77,8 +77,8 @@ class TRexConfig(PeftConfig):
             derivatives and works with `torch.func` and batched gradients. The results are equal up to rounding.
         init_weights: How the adapter starts. True is the paper's start: A and the learned map Kaiming-uniform, B and
             the router zero, so that the adapter changes nothing at first. With a router of zeros only the prior tells
-            the columns of B in a grid apart. Where there is none (use_prior=False, or a model without a token
-            embedding) they would stay equal for good, at rank one, so there the router is drawn as well.
+            the columns of B in a grid apart. Where there is none (use_prior=False, a model without a token embedding,
+            a layer outside of the text model) they would stay equal for good, at rank one, so there it is drawn.
             "zero_router" starts it at zero there too, and "random_router" draws it everywhere; B is zero in both.
             False draws B as well (for tests).
         trainable: "router" trains what chooses experts (R, the prior's map, omega and the gate) and keeps the experts

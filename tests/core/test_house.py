@@ -19,7 +19,7 @@ FLOORS = [
     {"fast"},
     {"router_losses", "unsuited"},
     {"prior"},
-    {"config", "loading", "saved_rows", "targets", "registration", "peft_patches"},
+    {"config", "loading", "room", "saved_rows", "targets", "registration", "peft_patches"},
     {"parameters", "layer"},
     {"model"},
     {"data_pass", "steer"},
