@@ -24,7 +24,7 @@ from .checks import (
     check_values,
     settle_size_patterns,
 )
-from .loading import axes_of, check_against_config, check_weights, known_fields, read_config
+from .loading import check_against_config, check_weights, known_fields, read_config, shapes_of
 from .mixture import num_experts
 from .version import VERSION
 from .words import in_own_words
@@ -94,8 +94,8 @@ class TRexConfig(PeftConfig):
             derivatives and works with `torch.func` and batched gradients. The results are equal up to rounding.
         init_weights: How the adapter starts. True is the paper's start: A and the learned map Kaiming-uniform, B and
             the router zero, so that the adapter changes nothing at first. With a router of zeros only the prior tells
-            the columns of B in a grid apart. Where there is none (use_prior=False, or a model without a token
-            embedding) they would stay equal for good, at rank one, so there the router is drawn as well.
+            the columns of B in a grid apart. Where there is none (use_prior=False, a model without a token embedding,
+            a layer outside of the text model) they would stay equal for good, at rank one, so there it is drawn.
             "zero_router" starts it at zero there too, and "random_router" draws it everywhere; B is zero in both.
             False draws B as well (for tests).
         trainable: "router" trains what chooses experts (R, the prior's map, omega and the gate) and keeps the experts
@@ -207,7 +207,7 @@ class TRexConfig(PeftConfig):
         chosen, missed = None, math.inf
         for size in range(1, r + 1):
             config = cls.recommended(r_a=size, r_b=size, **overrides)
-            shapes = axes_of(config, "").values()
+            shapes = shapes_of(config, "").values()
             # The two logits, omega and gate, are no part of the shapes that the configuration gives.
             trained = 2 + sum(math.prod(width if axis is None else axis for axis in shape) for shape in shapes)
             if abs(trained - 2 * r * width) >= missed:

@@ -187,6 +187,9 @@ class Attended(ExitStack):
             of_encoder = x is self._encoded or any(layer is module for module in self._encoder.modules())
             masks = masks if of_encoder else masks[::-1]
         for mask in masks:
+            order = getattr(layer, "order", None)
+            if order is not None and order.is_turned(x, len(mask)):
+                mask = mask.T
             if x.shape[:-1] in (mask.shape, (mask.numel(),)):
                 return mask.to(x.device).reshape(x.shape[:-1])
         return torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)

@@ -49,6 +49,10 @@ class TRexLayer(TRexParameters):
         # The sum is in the core's dtype, so that autocast does not round the map's small part away beside it.
         return prior if core is None else core[None] if prior is None else prior + core
 
+    def scores_of(self, adapter_name: str, x: Tensor) -> Tensor | None:
+        """The scores that go with an input `x` in the forward that runs, as the channel gives them."""
+        return self._channel.scores(adapter_name, x, self.order)
+
     def _prior_for(self, adapter_name: str, x: Tensor, experts: Experts, shared: bool = False) -> Tensor | None:
         """Prior of each expert for an input `x` of the forward that runs, None where it has no part.
 
@@ -57,7 +61,7 @@ class TRexLayer(TRexParameters):
         prior = None
         if self.trex_uses_prior[adapter_name]:
             reached = self.trex_reached[adapter_name] and not shared
-            prior = self._prior(adapter_name, self._channel.scores(adapter_name, x) if reached else None)
+            prior = self._prior(adapter_name, self.scores_of(adapter_name, x) if reached else None)
         # An unfitted prior is the only part that an adapter without a router has.
         if experts.router is None and prior is None:
             layout = self.trex_settings[adapter_name].layout
@@ -76,7 +80,7 @@ class TRexLayer(TRexParameters):
         if state is not None and not (shared or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             kept = state.kept
         if kept is not None:
-            scores, parameters = self._channel.scores(adapter_name, x), self._find(SOURCES, adapter_name)
+            scores, parameters = self.scores_of(adapter_name, x), self._find(SOURCES, adapter_name)
             folded = kept.get((self, adapter_name))
             folded = folded if folded is not None and folded.is_of(scores, parameters) else None
         if folded is None:
@@ -132,7 +136,7 @@ class TRexLayer(TRexParameters):
 
         It can be called where `expert_weights` can; the adapter's prior must be fitted.
         """
-        scores = self._channel.scores(adapter_name, x)
+        scores = self.scores_of(adapter_name, x)
         assert scores is not None
         clusters = torch.where(scores.any(-1), scores.argmax(-1), scores.shape[-1])
         return clusters.reshape(*clusters.shape, *[1] * (x.dim() - 1 - clusters.dim())).expand(x.shape[:-1])
@@ -160,7 +164,8 @@ class TRexLayer(TRexParameters):
             x = dropout(x)
         state = self._channel.running.state
         if state is not None and state.losses is not None and experts.router is not None:
-            state.losses.add(adapter_name, x, experts, settings.top_k)
+            turned = self.order is not None and self.order.is_turned(x, state.rows)
+            state.losses.add(adapter_name, x.transpose(0, 1) if turned else x, experts, settings.top_k)
         return add_mixture(base, x, experts, prior, settings, fused)
 
 

@@ -7,6 +7,7 @@ the header of the weights before anything is made by them, the tensors before th
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import warnings
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .prior.token_rows import TOKEN_IDS, TOKEN_ROWS
+from .room import note_file
 from .targets import shape_of, size_patterns, try_patterns
 from .version import VERSION
 
@@ -128,20 +130,20 @@ def known_fields(config_class: type, values: Mapping[str, Any]) -> dict[str, Any
     return known
 
 
-def axes_of(config: Any, layer: str) -> dict[str, Axes]:
-    """The shapes of a layer's tensors that a configuration asks for."""
+def shapes_of(config: Any, layer: str, in_features: Any = None, out_features: Any = None) -> dict[str, Axes]:
+    """The shapes of a layer's tensors that a configuration asks for, but for the two logits; None for what is open."""
     inputs, outputs = config.vectors_of(layer)
-    experts = config.num_experts_of(layer)
-    axes: dict[str, Axes] = {"trex_A": (len(inputs), None), "trex_B": (None, len(outputs))}
+    experts, width = config.num_experts_of(layer), config.router_rank or in_features
+    shapes: dict[str, Axes] = {"trex_A": (len(inputs), in_features), "trex_B": (out_features, len(outputs))}
     if config.use_router:
-        axes["trex_router"] = (experts, config.router_rank)
+        shapes["trex_router"] = (experts, width)
     if config.router_rank is not None:
-        axes["trex_router_down"] = (config.router_rank, None)
+        shapes["trex_router_down"] = (config.router_rank, in_features)
     if config.learned_map:
-        axes["trex_map"] = (experts, config.num_clusters)
+        shapes["trex_map"] = (experts, config.num_clusters)
     if config.shared_core:
-        axes["trex_core"] = (experts,)
-    return axes
+        shapes["trex_core"] = (experts,)
+    return shapes
 
 
 def check_against_config(folder: str, config: Any) -> None:
@@ -151,13 +153,15 @@ def check_against_config(folder: str, config: Any) -> None:
     holds costs nothing.
     """
     path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+    note_file(config, 0)
     if not os.path.isfile(path):
         return
     with safe_open(path, framework="pt") as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys() if f".{PREFIX}" in key}
+    note_file(config, sum(map(math.prod, shapes.values())))
     layers = {key.removesuffix(".trex_A") for key in shapes if key.endswith(".trex_A")}
     try_patterns(size_patterns(config), [layer.removeprefix(IN_FILE) for layer in layers])
-    expected = {layer: axes_of(config, layer.removeprefix(IN_FILE)) for layer in layers}
+    expected = {layer: shapes_of(config, layer.removeprefix(IN_FILE)) for layer in layers}
     priors = {key.removesuffix(".centroids") for key in shapes if key.endswith(".centroids")}
     # Only a model without a token embedding has no prior, unless it is given embeddings of a width.
     if config.use_prior and (priors or config.prior_dim is not None):

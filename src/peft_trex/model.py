@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from peft.config import PeftConfig
 from peft.peft_model import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .config import TRexConfig
 from .layer import APPROXIMATE, Linear, TRexLayer
-from .loading import PREFIX, STATIC, check_shapes, check_tensors, check_values, newer_writer, split_static
+from .loading import PREFIX, STATIC, check_shapes, check_tensors, check_values, newer_writer, shapes_of, split_static
 from .prior.adapters import Adapters, find_embedding
 from .prior.channel import PriorChannel
 from .prior.hooks import PromptWatch
-from .prior.positions import position_layers
-from .prior.reach import encoder_modules, modules_outside
+from .prior.reach import modules_outside, tell_layers
 from .prior.semantic_prior import SemanticPrior
 from .quantized import check_mergeable, former_weights, keep_trainable, release
+from .room import Room
 from .saved_rows import SavedRows
 from .targets import check_pattern, check_patterns, check_target, check_untied, settle_targets
 from .undo import Snapshot, Undone
@@ -90,32 +90,23 @@ class TRexModel(BaseTuner):
         config = self.config_of(adapter_name)
         check_patterns(config, self.model)
         self.prompts.adapters.check(config)
+        self._room = Room(config, self.model)
         self._set_prior(adapter_name, self._make_prior(config))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         check_pattern(config, self.layers_of(adapter_name))
+        self.prompts.outside = modules_outside(self.prompts.adapters)
+        tell_layers(self.prompts.adapters, adapter_name, self.prompts.outside)
         if adapter_name == REFERENCE and self.peft_config.get("default") is config:
             self._copy_adapter("default", REFERENCE)
         self.prompts.attach()
-        self._set_reach(adapter_name, config)
         keep_trainable(model)
-
-    def _set_reach(self, adapter_name: str, config: TRexConfig) -> None:
-        """Tell the layers of an adapter whether its prior reaches them."""
-        adapters = self.prompts.adapters
-        self.prompts.outside = modules_outside(adapters)
-        unreached = self.prompts.outside | (encoder_modules(adapters) if config.prior_scope == "answer" else set())
-        kinds = {kind: position_layers(kind) for kind in {type(module) for module in self.model.modules()}}
-        for name, layer in self.layers_of(adapter_name).items():
-            parent, _, attribute = name.rpartition(".")
-            positions, both = kinds[type(self.model.get_submodule(parent))]
-            layer.trex_reached[adapter_name] = layer not in unreached and attribute not in positions
-            layer.takes_positions = attribute in both
 
     def _make_prior(self, config: TRexConfig) -> SemanticPrior | None:
         embedding = self.input_embedding()
         dim = config.prior_dim or getattr(embedding, "embedding_dim", None)
         if not config.use_prior or dim is None:
             return None
+        self._room.take("the prior", SemanticPrior.shapes(config.num_clusters, dim, config.prior_whitening).values())
         prior = SemanticPrior(config.num_clusters, dim, config.prior_whitening)
         if embedding is not None and embedding.weight.device.type != "meta":
             prior.to(embedding.weight.device)
@@ -150,10 +141,15 @@ class TRexModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         # PEFT leaves it to each method what takes the place of a target module.
+        check_target(target, current_key)
+        layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        shapes: Any = shapes_of(peft_config, current_key, *_get_in_out_features(layer))
+        # A pruned layer also lists its experts.
+        listed = (peft_config.num_experts_of(current_key),) if current_key in peft_config.expert_pattern else (0,)
+        self._room.take(current_key, [*shapes.values(), listed])
         if isinstance(target, TRexLayer):
             target.update_layer(adapter_name, peft_config, current_key)
             return
-        check_target(target, current_key)
         new_module = Linear(target, adapter_name, peft_config, self.prompts.channel, current_key)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)

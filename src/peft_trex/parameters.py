@@ -13,8 +13,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import Tensor, nn
 
 from .config import TRexConfig
+from .loading import shapes_of
 from .mixture import Experts, Settings
 from .prior.channel import PriorChannel
+from .prior.order import Order
 
 Start = Literal[True, False, "random_router", "zero_router"]
 KINDS = tuple(f"trex_{field}" for field in Experts._fields)
@@ -60,6 +62,8 @@ class TRexParameters(BaseTunerLayer):
         self.trex_reached: dict[str, bool] = {}
         # A layer that is called with hidden states and with relative positions must tell them apart.
         self.takes_positions = False
+        # A layer within a module that turns rows and tokens round must find out which of them come first.
+        self.order: Order | None = None
         # After pruning with the identity map, these are the clusters that the remaining experts belong to.
         self.trex_chosen: dict[str, Tensor] = {}
         self._channel = channel
@@ -71,20 +75,11 @@ class TRexParameters(BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: TRexConfig, layer_name: str = "") -> None:
         """Add an adapter, or replace the one of this name; the layer's own name tells which experts it has."""
-        inputs, outputs = config.vectors_of(layer_name)
-        experts, width = config.num_experts_of(layer_name), config.router_rank or self.in_features
-        shapes = {
-            "trex_A": (len(inputs), self.in_features),
-            "trex_B": (self.out_features, len(outputs)),
-            "trex_router": (experts, width) if config.use_router else None,
-            "trex_router_down": (width, self.in_features) if config.router_rank else None,
-            "trex_map": (experts, config.num_clusters) if config.learned_map else None,
-            "trex_core": (experts,) if config.shared_core else None,
-            # The two logits have an axis because FSDP shards no scalars.
-            "trex_omega": (1,),
-            "trex_gate": (1,),
-            "trex_static": None,
-        }
+        experts = config.num_experts_of(layer_name)
+        shapes = dict.fromkeys((*self.adapter_layer_names, "trex_static"))
+        # The two logits have an axis because FSDP shards no scalars.
+        shapes |= {"trex_omega": (1,), "trex_gate": (1,)}
+        shapes |= shapes_of(config, layer_name, self.in_features, self.out_features)
         for name, shape in shapes.items():
             tensors = getattr(self, name)
             # An adapter that is replaced may have had tensors that the new one lacks.
@@ -151,6 +146,13 @@ class TRexParameters(BaseTunerLayer):
             core.fill_(CORE_START)
         if adapter_name in self.trex_map:
             self.trex_map[adapter_name].mul_(MAP_START)
+
+    def set_reach(self, adapter_name: str, config: TRexConfig, reached: bool) -> None:
+        """Take over whether the adapter's prior reaches this layer; one that it does not reach starts without it."""
+        self.trex_reached[adapter_name] = reached
+        drawn = config.init_weights is True and config.expert_layout == "grid" and adapter_name in self.trex_router
+        if drawn and not reached:
+            nn.init.kaiming_uniform_(self.trex_router[adapter_name], a=math.sqrt(5))
 
     def parameters_of(self, adapter_name: str) -> list[nn.Parameter]:
         """The adapter's parameters in this layer."""

@@ -19,7 +19,7 @@ FLOORS = [
     {"fast"},
     {"router_losses", "unsuited"},
     {"prior"},
-    {"card", "checks", "config", "loading", "saved_rows", "targets", "registration", "peft_patches", "words"},
+    {"card", "checks", "config", "loading", "room", "saved_rows", "targets", "registration", "peft_patches", "words"},
     {"parameters", "layer"},
     {"model"},
     {"data_pass", "notes", "steer"},

@@ -442,3 +442,27 @@ def test_other_methods_load_as_before(tmp_path):
     lora.save_pretrained(tmp_path, safe_serialization=True)
     ids = prompts(2)
     torch.testing.assert_close(PeftModel.from_pretrained(make_llama(), tmp_path)(ids).logits, lora.eval()(ids).logits)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a .peft_config. attribute", "ignore:You are trying to modify")
+@pytest.mark.parametrize("first", ["T-REX", "LoRA"])
+def test_the_adapters_of_another_model_stay_when_a_file_is_refused(folder, first):
+    """The base model is in a PeftModel already, and a second one is loaded around it in vain."""
+    base = make_llama()
+    lora = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = adapted(base=base) if first == "T-REX" else get_peft_model(base, lora).eval()
+    ids = prompts(3, seed=5)
+    with torch.no_grad():
+        expected, before = model(ids).logits, everything(model)
+        written = model.generate(ids, max_new_tokens=4, do_sample=False)
+    for name in ("NaN", "the base model's norm", "fewer rows"):
+        original = (folder / WEIGHTS).read_bytes()
+        change_tensors(folder, DAMAGES[name][0])
+        with pytest.raises(ValueError, match=r"(?s)" + DAMAGES[name][1]):
+            PeftModel.from_pretrained(base, folder, "second")
+        (folder / WEIGHTS).write_bytes(original)
+        assert_unchanged(model, before)
+        assert set(model.peft_config) == {"default"}
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, expected)
+            assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), written)

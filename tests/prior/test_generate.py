@@ -1,8 +1,10 @@
 """`generate` and hand-written decoding: the prompt's prior holds for all new tokens, whatever the path."""
 
+import warnings
+
 import pytest
 import torch
-from conftest import CACHE, PAD, adapted, batches, pad_to, prompts, randomize
+from conftest import CACHE, PAD, adapted, batches, make_llama, pad_to, prompts, randomize
 from transformers import LogitsProcessorList
 
 import peft_trex.layer
@@ -342,3 +344,18 @@ def test_another_adapter_takes_over_while_a_call_runs():
         inputs = {"input_ids": _rows()[0][None]}
         outputs.append(_logits(model, inputs, logits_processor=LogitsProcessorList([processor]))[1])
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_drafts_its_own_tokens():
+    """As with early exit, where the model itself is the assistant: the draft has the prompt's prior, and so has what
+    is kept of it."""
+    model = adapted(base=make_llama(num_hidden_layers=3))
+    ids = prompts(1, seed=7)
+    kwargs = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False, "eos_token_id": -1}
+    expected = model.generate(ids, **kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(model.generate(ids, assistant_model=model.get_base_model(), **kwargs), expected)
+        assert torch.equal(model.generate(ids, assistant_early_exit=1, **kwargs), expected)
+    # What runs afterwards is not touched.
+    assert torch.equal(model.generate(ids, **kwargs), expected)

@@ -144,9 +144,11 @@ class _Recorder(Attended):
         begins = torch.searchsorted(self.numbers.flatten(), torch.arange(count, device=self.numbers.device))
         self.labels = [labels[row] for row in (begins // self.numbers.shape[1]).tolist()]
 
-    def _prompts_of(self, x: Tensor) -> Tensor | None:
+    def _prompts_of(self, x: Tensor, layer: Any) -> Tensor | None:
         """The number (...) of each token's prompt for a layer's input (..., D_in); None where that does not tell."""
         numbers, axes = self.numbers.to(x.device), x.shape[:-1]
+        if layer.order is not None and layer.order.is_turned(x, len(numbers)):
+            numbers = numbers.T if numbers.dim() == 2 else numbers.expand(axes)
         if axes[: numbers.dim()] == numbers.shape:
             return numbers.reshape(*numbers.shape, *[1] * (len(axes) - numbers.dim())).expand(axes)
         if len(axes) == 1 and axes[0] % numbers.numel() == 0:
@@ -155,7 +157,7 @@ class _Recorder(Attended):
 
     def _before(self, sums: LayerSums, layer: Any, args: tuple[Tensor, ...]) -> None:
         x = args[0]
-        kept, prompts = self.kept(x, layer), self._prompts_of(x)
+        kept, prompts = self.kept(x, layer), self._prompts_of(x, layer)
         sums.kept = kept
         if prompts is not None:
             prompts = prompts[kept]
@@ -173,7 +175,7 @@ class _Recorder(Attended):
         """Count the prompts by their scores, which are the same for all tokens of a prompt."""
         if self.clusters_counted or not layer.trex_uses_prior[self.adapter_name]:
             return
-        scores = layer._channel.scores(self.adapter_name, x)
+        scores = layer.scores_of(self.adapter_name, x)
         if scores is None:
             return
         self.clusters_counted = True

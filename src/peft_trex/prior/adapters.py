@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -114,7 +115,13 @@ class Adapters:
 
 
 def find_embedding(base: Any) -> nn.Embedding | None:
-    """The frozen token embedding of a base model, or None for one without."""
+    """The frozen token embedding of a base model, or None for one without.
+
+    Where an encoder-decoder hears or sees, the embedding is the decoder's, and no prompt is made of its tokens.
+    """
+    two_sided = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    if two_sided and not {"input_ids", "inputs_embeds"} & set(inspect.signature(type(base).forward).parameters):
+        return None
     try:
         embedding = base.get_input_embeddings()
     except (AttributeError, NotImplementedError):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .history import History
+from .order import Order
 from .state import ForwardState, Generation, Override
 
 
@@ -162,8 +163,11 @@ class PriorChannel:
         hidden = self.running.hidden
         return bool(hidden) and x.shape[0] == 1 and not any(x is each for each in hidden)
 
-    def scores(self, adapter_name: str, x: Tensor) -> Tensor | None:
-        """Scores (B, K), (1, K) or (B, T, K) that go with a layer's input `x` (B, ..., D_in); None counts as zero."""
+    def scores(self, adapter_name: str, x: Tensor, order: Order | None = None) -> Tensor | None:
+        """Scores (B, K), (1, K) or (B, T, K) that go with a layer's input `x` (B, ..., D_in); None counts as zero.
+
+        For an input (T, B, D_in), which a layer that has an `order` may get, they are (T, B, K).
+        """
         state = self.running.state
         if state is None:
             if not self.fitted(adapter_name):
@@ -181,6 +185,10 @@ class PriorChannel:
         if scores.device != x.device:
             scores = scores.to(x.device)
         rows = scores.shape[0]
+        if order is not None and order.is_turned(x, state.rows):
+            scores = scores if scores.dim() == 3 else scores[:, None].expand(-1, x.shape[0], -1)
+            if scores.shape[:2] in ((1, x.shape[0]), (state.rows, x.shape[0])):
+                return scores.expand(state.rows, -1, -1).transpose(0, 1)
         # Relative positions, for instance, are the same for all rows.
         if x.dim() > 2 and x.shape[0] == 1 < state.rows:
             return None

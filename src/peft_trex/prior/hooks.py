@@ -218,13 +218,17 @@ class PromptWatch:
         inputs = self._inputs_of_generate(args, kwargs, embeds)
         part_of = None if chosen is not None or embeds is not None else self._generation_of(names)
         if part_of is not None and part_of.content is not None and part_of.begins(inputs):
-            return generate(*args, **kwargs)
-        generation = self.conversations.start(inputs, embeds, names, override)
+            # A model may draft its own tokens. It has the same prompts then, and a cache of its own.
+            part_of = replace(part_of, cache=next(iter(inputs.caches), None), tokens=0)
+        else:
+            part_of = None
+        generation = part_of or self.conversations.start(inputs, embeds, names, override)
         with Undone(Snapshot(running)):
             running.generation, running.frame, running.state = generation, None, None
             output = generate(*args, **kwargs)
             running.generation, running.frame, running.state = outer, frame, state
-        self.conversations.end(generation, output)
+        if part_of is None:
+            self.conversations.end(generation, output)
         return output
 
     def _generate_batch(self, *args: Any, **kwargs: Any) -> Any:

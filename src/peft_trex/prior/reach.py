@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from .adapters import Adapters
+from .order import Order, turns_rows
+from .positions import position_layers
 
 
 def modules_outside(adapters: Adapters) -> set[nn.Module]:
@@ -47,3 +50,43 @@ def encoder_modules(adapters: Adapters) -> set[nn.Module]:
     """The modules of the encoder of an encoder-decoder model; none of other models."""
     base: Any = adapters.base
     return set(base.get_encoder().modules()) if adapters.two_sided else set()
+
+
+def tell_layers(adapters: Adapters, adapter_name: str, outside: set[nn.Module]) -> None:
+    """Tell the layers of a new adapter whether its prior reaches them, and what axes their inputs may have.
+
+    Args:
+        adapters: the model's.
+        adapter_name: the new one.
+        outside: the modules that no prior reaches.
+
+    Warns:
+        UserWarning: if an adapter that is to be trained has layers without any effect.
+    """
+    config, base = adapters.configs[adapter_name], adapters.base
+    unreached = outside | (encoder_modules(adapters) if config.prior_scope == "answer" else set())
+    kinds = {type(module) for module in base.modules()}
+    positions_of, turning = {kind: position_layers(kind) for kind in kinds}, set(filter(turns_rows, kinds))
+    turned = {inside for module in base.modules() if type(module) in turning for inside in module.modules()}
+    idle = []
+    for name, layer in adapters.layers():
+        if adapter_name not in layer.trex_A:
+            continue
+        parent, _, attribute = name.rpartition(".")
+        positions, both = positions_of[type(base.get_submodule(parent))]
+        reached = layer not in unreached and attribute not in positions
+        layer.set_reach(adapter_name, config, reached)
+        layer.takes_positions = attribute in both
+        if layer in turned and layer.order is None:
+            layer.order = Order()
+        if not reached:
+            idle.append(name)
+    if idle and not (config.use_router or config.shared_core or config.inference_mode):
+        names = ", ".join([*idle[:2], "..."][: len(idle)])
+        warnings.warn(
+            f"{len(idle)} adapted layers, such as {names}, are where the prior has no part (a tower for images or "
+            "sound, a layer of relative positions, an encoder with prior_scope='answer'), and with use_router=False "
+            "nothing else weighs their experts: they have no effect and never train. Leave them out with "
+            "exclude_modules, or set shared_core=True.",
+            stacklevel=2,
+        )

@@ -5,6 +5,7 @@ Axis legend: B prompts of a batch, d width of the embedding, K clusters, p direc
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -44,19 +45,30 @@ class SemanticPrior(nn.Module):
     def __init__(self, num_clusters: int, dim: int, whitened: int | Literal["auto"] | None = None) -> None:
         super().__init__()
         self.fewer_directions = whitened == "auto"
-        if whitened == "auto":
-            whitened = min(num_clusters, dim)
-        if whitened is not None and whitened > dim:
-            raise ValueError(f"prior_whitening={whitened} is more than {dim}, the width of the prompts' embeddings.")
-        self.register_buffer("centroids", torch.zeros(num_clusters, whitened or dim))
-        self.register_buffer("whitening", torch.zeros(whitened, dim) if whitened else None)
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("mean_scores", torch.zeros(num_clusters))
+        for name, shape in self.shapes(num_clusters, dim, whitened).items():
+            self.register_buffer(name, torch.zeros(shape) if math.prod(shape) else None)
         self.register_buffer(TOKEN_IDS, None)
         self.register_buffer(TOKEN_ROWS, None)
         self._fitted: bool | None = None
         self.register_load_state_dict_pre_hook(SemanticPrior._make_room)
         self.register_load_state_dict_post_hook(SemanticPrior.look)
+
+    @staticmethod
+    def shapes(num_clusters: int, dim: int, whitened: int | Literal["auto"] | None) -> dict[str, tuple[int, ...]]:
+        """The shapes of the buffers of such a prior; an empty one for a buffer that it does not have.
+
+        Raises:
+            ValueError: if p is more than d.
+        """
+        directions = min(num_clusters, dim) if whitened == "auto" else whitened
+        if directions is not None and directions > dim:
+            raise ValueError(f"prior_whitening={directions} is more than {dim}, the width of the prompts' embeddings.")
+        return {
+            "centroids": (num_clusters, directions or dim),
+            "whitening": (directions or 0, dim),
+            "mean": (dim,),
+            "mean_scores": (num_clusters,),
+        }
 
     @property
     def dim(self) -> int:
