@@ -64,7 +64,8 @@ def test_each_layer_is_the_mixture_of_its_size(form):
             token_scale=get["A"].shape[0] * get["B"].shape[1],
             top_k=min(3, len(get["router"])) if form.get("router_top_k") else None,
         )
-        torch.testing.assert_close(output, layer.base_layer(x) + added)
+        # The prior is scored in float32.
+        torch.testing.assert_close(output, layer.base_layer(x) + added, atol=1e-5, rtol=1e-4)
     assert len(seen) == 14
 
 
