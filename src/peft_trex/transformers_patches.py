@@ -124,8 +124,8 @@ def _upload_with_card(original: Method, model: Any, working_dir: str, *args: Any
             card = ModelCard.load(path, ignore_metadata_errors=True)
             card.data["base_model"] = card.data.get("base_model") or config.base_model_name_or_path
             card.save(path)
-            tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].around(priors)
-            complete_card(path, type(model).__name__, facts_of_model(tuner, name))
+            tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+            complete_card(path, type(model).__name__, facts_of_model(tuner.around(priors), name))
     return original(model, working_dir, *args, **kwargs)
 
 

@@ -85,7 +85,8 @@ async def ask(app, path, body, method="POST", headers=(), pieces=1):
     size = max(1, -(-len(content) // pieces))
     parts = [content[start : start + size] for start in range(0, len(content), size)] or [b""]
     waiting = [
-        {"type": "http.request", "body": part, "more_body": index < len(parts) - 1} for index, part in enumerate(parts)
+        {"type": "http.request", "body": part, "more_body": index < len(parts) - 1}
+        for index, part in enumerate(parts)
     ]
     sent = []
 
@@ -277,7 +278,9 @@ OF_NO_FORM_IN_CHATS = {
     "options of another type": {"messages": USER, "chat_template_kwargs": "w5"},
 }
 HOSTILE = {name: (COMPLETIONS, content) for name, content in OF_NO_FORM.items()}
-HOSTILE |= {name: (CHAT, json.dumps({"model": "trex", **body}).encode()) for name, body in OF_NO_FORM_IN_CHATS.items()}
+HOSTILE |= {
+    name: (CHAT, json.dumps({"model": "trex", **body}).encode()) for name, body in OF_NO_FORM_IN_CHATS.items()
+}
 HOSTILE["no input"] = (RESPONSES, b'{"model": "trex", "input": 5}')
 HOSTILE["instructions of another type"] = (RESPONSES, b'{"model": "trex", "input": "w5", "instructions": 5}')
 
@@ -297,11 +300,8 @@ def test_a_server_that_ignores_names_never_sees_a_body_of_no_form(folders, case)
     routing = Routing(folders / "chat", target=LoraList({}), max_bytes=20_000)
     path, content = HOSTILE[case]
     (status, _, content), server = answer(routing, path, content)
-    assert (
-        status == 400
-        and not server.bodies
-        and b"T-REX cannot route this request: its body has" in content
-        or (b"it is longer than 20000 bytes" in content)
+    assert status == 400 and not server.bodies and b"T-REX cannot route this request: its body has" in content or (
+        b"it is longer than 20000 bytes" in content
     )
 
 
@@ -464,10 +464,7 @@ def test_the_environment_says_which_folder(folders, tmp_path, monkeypatch):
     middleware = TRexMiddleware(Server())
     assert (middleware.routing.name, middleware.routing.max_bytes) == ("mine", 123)
     status, headers, _ = asyncio.run(ask(middleware, CHAT, {"model": "mine", "messages": USER}))
-    assert (
-        status == 200
-        and headers[b"x-trex-adapter"].decode() == middleware.routing.router.route([3, 60, 60, 4]).adapter
-    )
+    assert status == 200 and headers[b"x-trex-adapter"].decode() == middleware.routing.router.route([3, 60, 60, 4]).adapter
     with pytest.raises(ValueError, match="expected one {}, as in 'BASE:{}'"):
         ModelName("base")
 
