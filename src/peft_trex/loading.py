@@ -80,13 +80,18 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def check_config(folder: str) -> None:
-    """Raise a ValueError if PEFT, which looks for the method's name first, had better not read a configuration."""
+def check_config(folder: str) -> bool:
+    """Whether a folder holds the configuration of a T-REX adapter; a ValueError if PEFT had better not read it.
+
+    PEFT reads all of it to look for the method's name.
+    """
     path = os.path.join(folder, CONFIG_NAME)
-    if os.path.isfile(path):
-        with open(path, "rb") as file:
-            if b'"TREX"' in file.read(MOST_BYTES + 1):
-                read_config(path)
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        if b'"TREX"' not in file.read(MOST_BYTES + 1):
+            return False
+    return read_config(path).get("peft_type") == "TREX"
 
 
 def check_weights(folder: str) -> None:
@@ -207,6 +212,11 @@ def split_static(
     return static, {key: tensor for key, tensor in tensors.items() if key.removesuffix(f".{STATIC}") not in static}
 
 
+def _is_own(key: str) -> bool:
+    """Whether a key is one of an adapter's own tensors; that of a prior may begin with the prefix."""
+    return f".{PREFIX}" in f".{key}"
+
+
 def check_tensors(
     adapter_name: str,
     in_model: Mapping[str, Tensor],
@@ -227,14 +237,14 @@ def check_tensors(
         newer: what to tell if a later release has written the file.
     """
     # An adapter may be called like a part of a module's name, so only its place in a key tells.
-    key_of_adapter = re.compile(rf"\.{PREFIX}(?!static\.)\w+\.{re.escape(adapter_name)}(\.\w+)?$")
+    key_of_adapter = re.compile(rf"(^|\.){PREFIX}(?!static\.)\w+\.{re.escape(adapter_name)}(\.\w+)?$")
     expected = {key for key in in_model if key_of_adapter.search(key)}
     trained = f".modules_to_save.{adapter_name}."
     # PEFT saves an embedding that is trained in full twice, once without the adapter's name.
     twice = {key for key in in_file if key.replace(".modules_to_save.", trained) in set(in_file) - {key}}
     rest = {key for key in set(in_file) - expected - set(others) - twice if trained not in key or key not in in_model}
     # A module of the base model that is trained in full may carry the prefix, too.
-    unknown = {key for key in rest if key not in in_model and f".{PREFIX}" in key}
+    unknown = {key for key in rest if key not in in_model and _is_own(key)}
     advice = f"{FOREIGN}.{newer} delete_adapter({adapter_name!r}) removes what was made for it."
     for what, keys in (("lacks", expected - set(in_file)), ("holds unknown", unknown)):
         if keys:
@@ -257,7 +267,7 @@ def check_tensors(
 def check_values(tensors: Mapping[str, Tensor], in_model: Mapping[str, Tensor]) -> None:
     """Raise a ValueError if tensors of a file, by their keys, are not finite numbers and the model's own are."""
     for key, tensor in tensors.items():
-        own = None if f".{PREFIX}" in key else in_model.get(key)
+        own = None if _is_own(key) else in_model.get(key)
         # A module that is trained in full may have counters, too.
         dtypes = FLOATS if own is None or own.dtype in FLOATS else (own.dtype,)
         if tensor.dtype not in dtypes:
@@ -290,6 +300,6 @@ def check_shapes(module: nn.Module, tensors: Mapping[str, Any], prefix: str, *re
 
 
 def _misfit(key: str, in_file: Tensor, in_model: Tensor) -> str:
-    kind = "T-REX tensor" if f".{PREFIX}" in key else "tensor"
+    kind = "T-REX tensor" if _is_own(key) else "tensor"
     shapes = f"{tuple(in_file.shape)} in the file and {tuple(shape_of(in_model))} in the model"
     return f"size mismatch for {key}: the {kind} has shape {shapes}. {FOREIGN}."

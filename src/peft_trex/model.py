@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,11 +15,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .config import TRexConfig
+from .keys import for_model, for_peft
 from .layer import APPROXIMATE, Linear, TRexLayer
 from .loading import PREFIX, STATIC, check_shapes, check_tensors, check_values, newer_writer, shapes_of, split_static
-from .prior.adapters import Adapters, find_embedding
-from .prior.channel import PriorChannel
+from .prior.adapters import find_embedding
 from .prior.hooks import PromptWatch
+from .prior.priors import Priors
 from .prior.reach import modules_outside, tell_layers
 from .prior.semantic_prior import SemanticPrior
 from .quantized import check_mergeable, former_weights, keep_trainable, release
@@ -37,47 +38,75 @@ REFERENCE = "ref"
 class TRexModel(BaseTuner):
     """A pretrained model with T-REX adapters, mixtures of rank-one experts with a semantic prior (arXiv 2404.08985).
 
+    PEFT's low-level functions keep the base model alone, so all that adapters need after their injection is in that.
+
     Attributes:
         model: the base model, with the adapted layers in it.
         peft_config: the configuration of each adapter.
-        trex_prior: the [`SemanticPrior`] of each adapter that has one.
-        prompts: the [`PromptWatch`], which finds the prior of each forward.
-        card_notes: what the model card of each adapter says besides; see [`describe_trex`].
     """
 
     prefix: str = PREFIX
     tuner_layer_cls = TRexLayer
-    # The priors belong to the model, not to a layer, and are saved once.
-    uses_shared_state: bool = True
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         # PEFT leaves half of the layers in the base model when the first injection fails.
         with Undone(Snapshot(model)):
             super().__init__(model, *args, **kwargs)
 
+    @classmethod
+    def around(cls, priors: Priors) -> TRexModel:
+        """A tuner for adapters that are in a base model already, where PEFT has thrown away the one that made them."""
+        adapters = priors.prompts.adapters
+        tuner = cls.__new__(cls)
+        nn.Module.__init__(tuner)
+        tuner.model, tuner.peft_config, tuner.active_adapter = adapters.base, adapters.configs, adapters.active()
+        tuner.targeted_module_names, tuner.targeted_parameter_names = [name for name, _ in adapters.layers()], []
+        tuner._priors = [priors]
+        return tuner
+
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         # PEFT has nothing to prepare. Here the layers, which are built next, need the channel that they read from.
-        self.trex_prior = nn.ModuleDict()
-        self.card_notes: dict[str, dict[str, Any]] = {}
-        adapters = Adapters(
-            base=self.model,
-            configs=self.peft_config,
-            priors=self.trex_prior,
-            active=self._names_of_active,
-            layers=self.trex_layers,
-            before_training=self.forget_trained,
-        )
-        self.prompts = PromptWatch(adapters, PriorChannel(self.trex_prior))
-        # The adapters of a tuner that was here before go on under this one.
-        for _, layer in self.trex_layers():
-            self.trex_prior.update(dict(layer.adopt(self.prompts.channel).items()))
-        self.register_load_state_dict_pre_hook(check_shapes)
+        base: nn.Module = getattr(self.model, "_orig_mod", self.model)
+        priors = Priors.within(base)
+        if priors is None or priors.prompts.adapters.base is not base:
+            priors = Priors(base, self.peft_config)
+            self._take_over(priors)
+        priors.prompts.adapters.configs = self.peft_config
+        # They are a module of a layer, and here in a list, since they must be no module of the tuner's as well.
+        self._priors = [priors]
 
-    def _names_of_active(self) -> list[str]:
-        """The active adapters. A method, unlike a lambda, is copied with the model that it belongs to."""
-        for name in self.active_adapters:
-            self.config_of(name)
-        return self.active_adapters
+    def _take_over(self, priors: Priors) -> None:
+        """Have the adapters of a part of this model, which was a base model itself, go on under these priors."""
+        inside = set(self.model.modules())
+        for _, layer in list(priors.prompts.adapters.layers()):
+            former = layer.read_from(priors.prompts.channel)
+            if former is priors or not former.prompts.attached:
+                continue
+            adapters = former.prompts.adapters
+            if adapters.base not in inside:
+                raise ValueError(
+                    "The model is a part of one that has T-REX adapters already (its base model is a "
+                    f"{type(adapters.base).__name__}); add the adapter to that model, not to its part."
+                )
+            priors.update(dict(former.items()))
+            for name, config in adapters.configs.items():
+                self.peft_config.setdefault(name, config)
+            former.leave()
+
+    @property
+    def trex_prior(self) -> Priors:
+        """The [`SemanticPrior`] of each adapter that has one. They are a module of the first adapted layer."""
+        return self._priors[0]
+
+    @property
+    def prompts(self) -> PromptWatch:
+        """The watch over the base model, which finds the prior of each forward."""
+        return self.trex_prior.prompts
+
+    @property
+    def card_notes(self) -> dict[str, dict[str, Any]]:
+        """What the model card of each adapter says besides; see [`describe_trex`]."""
+        return self.trex_prior.card_notes
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> PeftConfig:
         # PEFT has a table of target modules by model type. The paper adapts all linear layers of any architecture.
@@ -91,14 +120,17 @@ class TRexModel(BaseTuner):
         check_patterns(config, self.model)
         self.prompts.adapters.check(config)
         self._room = Room(config, self.model)
-        self._set_prior(adapter_name, self._make_prior(config))
+        with torch.device("meta") if kwargs.get("low_cpu_mem_usage") else nullcontext():
+            self.trex_prior.put(adapter_name, self._make_prior(config))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self.trex_prior.settle()
         check_pattern(config, self.layers_of(adapter_name))
         self.prompts.outside = modules_outside(self.prompts.adapters)
         tell_layers(self.prompts.adapters, adapter_name, self.prompts.outside)
         if adapter_name == REFERENCE and self.peft_config.get("default") is config:
             self._copy_adapter("default", REFERENCE)
-        self.prompts.attach()
+        if not self.prompts.attached:
+            self.prompts.attach(self.model.register_load_state_dict_pre_hook(check_shapes))
         keep_trainable(model)
 
     def _make_prior(self, config: TRexConfig) -> SemanticPrior | None:
@@ -108,18 +140,11 @@ class TRexModel(BaseTuner):
             return None
         self._room.take("the prior", SemanticPrior.shapes(config.num_clusters, dim, config.prior_whitening).values())
         prior = SemanticPrior(config.num_clusters, dim, config.prior_whitening)
-        if embedding is not None and embedding.weight.device.type != "meta":
+        if embedding is not None and not (embedding.weight.is_meta or prior.mean.is_meta):
             prior.to(embedding.weight.device)
         # A compiled forward could not look later.
         prior.look()
         return prior
-
-    def _set_prior(self, adapter_name: str, prior: SemanticPrior | None) -> None:
-        self.card_notes.pop(adapter_name, None)
-        if adapter_name in self.trex_prior:
-            del self.trex_prior[adapter_name]
-        if prior is not None:
-            self.trex_prior[adapter_name] = prior
 
     @torch.no_grad()
     def _copy_adapter(self, source: str, target: str) -> None:
@@ -170,14 +195,6 @@ class TRexModel(BaseTuner):
             "a list of names runs several at once and adds their outputs."
         )
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        # PEFT leaves the prior, and lets each layer choose the next active adapter among those that it has.
-        was_active = adapter_name in self.active_adapters
-        super().delete_adapter(adapter_name)
-        self._set_prior(adapter_name, None)
-        if was_active and self.peft_config:
-            self.set_adapter(self.active_adapters or [next(iter(self.peft_config))])
-
     def merge_adapter(self, adapter_names: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
         # PEFT does not tell its own check which adapters will be merged, and a failure leaves some layers merged.
         self._check_before_merge(adapter_names)
@@ -203,7 +220,7 @@ class TRexModel(BaseTuner):
                 if merge and isinstance(layer, BaseTunerLayer):
                     layer.merge(safe_merge=kwargs.get("safe_merge", False), adapter_names=names)
             model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
-            self.prompts.detach()
+            self.trex_prior.leave()
             release(model)
         return model
 
@@ -242,7 +259,7 @@ class TRexModel(BaseTuner):
         # PEFT saves an embedding that is trained in full, but not the frozen one, which the prior reads.
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         saved_rows = SavedRows(model, find_tuner(model).prompts.scorer, adapter_name)
-        return saved_rows.split(tensors)[1] | saved_rows.for_file(state_dict)
+        return for_peft(model, saved_rows.split(tensors)[1] | saved_rows.for_file(state_dict))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -254,7 +271,7 @@ class TRexModel(BaseTuner):
         layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, TRexLayer)}
         layers = {name: layer for name, layer in layers.items() if adapter_name in layer.trex_A}
         saved_rows = SavedRows(model, find_tuner(model).prompts.scorer, adapter_name)
-        rows, others = saved_rows.split(state_dict)
+        rows, others = saved_rows.split(for_model(model, adapter_name, state_dict))
         static, others = split_static(layers, adapter_name, config.num_clusters, others)
         tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, others)
         # Parameters themselves tell their shape where ZeRO-3 shards them.
@@ -272,41 +289,15 @@ class TRexModel(BaseTuner):
 
     def calibrated_adapters(self) -> set[str]:
         """The adapters that have static weights, which merging uses; see [`calibrate_trex_merge`]."""
-        return {name for _, layer in self.trex_layers() for name in layer.trex_static.keys()}
+        return self.prompts.static.calibrated()
 
     def forget_static(self, adapter_name: str) -> None:
         """Drop the calibrated static weights of an adapter, which has changed since: those of all layers or none."""
-        layers, calibrated = [layer for _, layer in self.trex_layers()], self.prompts.channel.calibrated
-        with Undone(Snapshot(calibrated, *(layer.trex_static for layer in layers))):
-            for layer in layers:
-                layer.keep_static(adapter_name, None)
-            calibrated.discard(adapter_name)
-
-    def forget_trained(self) -> None:
-        """Before a training forward: drop the calibrated static weights of the adapters that it will change."""
-        for name in self.calibrated_adapters():
-            layers = self.layers_of(name).values()
-            trained = any(parameter.requires_grad for layer in layers for parameter in layer.parameters_of(name))
-            if trained and name in self.active_adapters and not any(layer.merged for layer in layers):
-                self.forget_static(name)
-                warnings.warn(
-                    f"The adapter {name!r} is trained again, so its static weights were dropped; call "
-                    "calibrate_trex_merge anew before it is merged or exported.",
-                    stacklevel=2,
-                )
+        self.prompts.static.forget(adapter_name)
 
     def config_of(self, adapter_name: str) -> TRexConfig:
         """The configuration of an adapter; a ValueError if it is none of T-REX."""
-        if adapter_name not in self.peft_config:
-            raise ValueError(f"There is no adapter {adapter_name!r}; the model has {sorted(self.peft_config)}.")
-        config = self.peft_config[adapter_name]
-        # PEFT warns of a second method on a model, but lets it take the name.
-        if not isinstance(config, TRexConfig):
-            raise ValueError(
-                f"The adapter {adapter_name!r} was a T-REX adapter, and another method has taken its name: its "
-                f"configuration is a {type(config).__name__} now. Give the second adapter_name to get_peft_model."
-            )
-        return config
+        return self.prompts.adapters.config_of(adapter_name)
 
     def prior_of(self, adapter_name: str) -> SemanticPrior | None:
         """The semantic prior of an adapter, or None if it has none."""
@@ -318,22 +309,23 @@ class TRexModel(BaseTuner):
 
     def trex_layers(self) -> Iterator[tuple[str, TRexLayer]]:
         """The adapted layers of the base model, by their names in it."""
-        for name, module in self.model.named_modules():
-            if isinstance(module, TRexLayer):
-                yield name, module
+        return self.prompts.adapters.layers()
 
     def layers_of(self, adapter_name: str) -> dict[str, TRexLayer]:
         """The layers that an adapter is in, by their names in the base model."""
-        return {name: layer for name, layer in self.trex_layers() if adapter_name in layer.trex_A}
+        return self.prompts.adapters.layers_of(adapter_name)
 
 
 def find_tuner(model: Any) -> TRexModel:
-    """The T-REX tuner in a model, as `get_peft_model` returns it or around that."""
+    """The T-REX tuner in a model, as `get_peft_model` returns it or around that; a new one where there is no more."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; expected a model with a T-REX adapter.")
     for module in model.modules():
         if isinstance(module, TRexModel):
             return module
+    priors = Priors.within(model)
+    if priors is not None:
+        return TRexModel.around(priors)
     raise ValueError(
         f"The model, a {type(model).__name__}, has no T-REX adapter; make one with get_peft_model and TRexConfig."
     )

@@ -174,11 +174,22 @@ class TRexParameters(BaseTunerLayer):
                 static = state_dict.get(f"{prefix}trex_static.{name}")
                 self.keep_static(name, None if static is None else torch.zeros_like(static))
 
-    def adopt(self, channel: PriorChannel) -> nn.ModuleDict:
+    def read_from(self, channel: PriorChannel) -> Any:
         """Read from another channel from now on; the priors of the former one are returned."""
         former, self._channel = self._channel, channel
         channel.calibrated |= former.calibrated
         return former.priors
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter of this layer, and its prior with it; PEFT deletes an adapter in all layers."""
+        others = [name for name in self.active_adapters if name != adapter_name]
+        was_active = len(others) < len(self.active_adapters)
+        super().delete_adapter(adapter_name)
+        priors: Any = self._channel.priors
+        priors.put(adapter_name, None)
+        # PEFT lets each layer choose the next active adapter among those that it has; all must choose the same.
+        if was_active:
+            self.set_adapter(others or priors.others(adapter_name)[:1])
 
     def experts_of(self, adapter_name: str) -> Experts:
         """The adapter's tensors in this layer."""

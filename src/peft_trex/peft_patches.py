@@ -3,7 +3,8 @@
 These are methods of `peft.PeftModel`, and what the optimizers of `peft.optimizers` begin with.
 
 Models without a T-REX adapter see no change. A method that the installed releases do not have is left out, and
-CONTRIBUTING.md says what is lost then. Importing the package again replaces nothing twice.
+CONTRIBUTING.md says what is lost then. Importing the package again replaces nothing twice. `transformers_patches.py`
+does the same for transformers' models, which load adapters themselves.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import functools
 import importlib
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from huggingface_hub import hf_hub_download
@@ -22,7 +24,8 @@ from torch import Tensor, nn
 
 from .card import complete_card, facts_of_model
 from .loading import FOREIGN, IN_FILE, PICKLE, PREFIX, check_config, check_weights
-from .prior.hooks import PromptWatch
+from .prior.adapters import is_trex
+from .prior.priors import Priors
 from .undo import Snapshot, Undone, copies
 
 Method = Callable[..., Any]
@@ -37,15 +40,27 @@ OPTIMIZERS = {
 
 
 def patch_peft_model(model_class: type) -> None:
-    """Replace methods of `peft.PeftModel`; a method that is replaced already stays as it is."""
-    for name, replacement in REPLACEMENTS.items():
+    """Replace methods of `peft.PeftModel`."""
+    replace_methods(model_class, REPLACEMENTS, FOR_ALL)
+
+
+def replace_methods(model_class: type, replacements: Mapping[str, Method], for_all: Collection[str]) -> None:
+    """Replace methods of a class of models; one that is replaced already stays as it is.
+
+    Args:
+        model_class: the class.
+        replacements: by the names of the methods, what takes their place and gets the original first.
+        for_all: those that also see models in which there is no T-REX adapter yet.
+    """
+    for name, replacement in replacements.items():
         method = getattr(model_class, name, None)
         if method is None or _is_replacement(inspect.unwrap(method, stop=_is_replacement)):
             continue
         if inspect.ismethod(method):
             setattr(model_class, name, classmethod(_marked(replacement, method.__func__)))
         else:
-            setattr(model_class, name, _with_adapter(replacement, method))
+            wrapped = _marked if name in for_all else _with_adapter
+            setattr(model_class, name, wrapped(replacement, method))
 
 
 def patch_optimizers() -> None:
@@ -104,7 +119,8 @@ def _with_adapter(replacement: Method, original: Method) -> Method:
     """The same for a model with a T-REX adapter; other models take the original."""
 
     def for_adapter(original: Method, model: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(config.peft_type == "TREX" for config in model.peft_config.values()):
+        # A model of transformers has no such attribute before its first adapter.
+        if any(map(is_trex, getattr(model, "peft_config", {}).values())):
             return replacement(original, model, *args, **kwargs)
         return original(model, *args, **kwargs)
 
@@ -145,13 +161,19 @@ def _load_into(original: Method, model: Any, model_id: Any, adapter_name: str, *
         except (OSError, ValueError) as error:
             raise ValueError(f"{model_id} has no {SAFETENSORS_WEIGHTS_NAME} ({error}). {PICKLE}") from error
     with Undone(Snapshot(model, values=copies(_loaded_into(model, adapter_name)))):
-        try:
+        with naming_a_missing_tensor(IN_FILE):
             return original(model, model_id, adapter_name, *args, **kwargs)
-        except KeyError as error:
-            # PEFT looks the tensors of modules_to_save up without a question.
-            if str(error.args[0]).startswith(IN_FILE):
-                raise ValueError(f"The adapter file lacks the tensor {error.args[0]}. {FOREIGN}.") from error
-            raise
+
+
+@contextmanager
+def naming_a_missing_tensor(start: str = "") -> Iterator[None]:
+    """PEFT looks the tensors of modules_to_save, whose keys begin so, up without a question."""
+    try:
+        yield
+    except KeyError as error:
+        if str(error.args[0]).startswith(start):
+            raise ValueError(f"The adapter file lacks the tensor {error.args[0]}. {FOREIGN}.") from error
+        raise
 
 
 def _loaded_into(model: Any, adapter_name: str) -> set[Tensor]:
@@ -162,8 +184,8 @@ def _loaded_into(model: Any, adapter_name: str) -> set[Tensor]:
     for module in model.modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             tensors.update(module.parameters())
-        elif hasattr(module, "prior_of"):
-            tensors.update(module.trex_prior.buffers())
+        elif isinstance(module, Priors):
+            tensors.update(module.buffers())
         elif hasattr(module, "parameters_of"):
             tensors.update(module.parameters_of(adapter_name), module.trex_static.buffers())
     return tensors
@@ -177,12 +199,12 @@ def _from_pretrained(original: Method, cls: type, model: Any, model_id: Any, *ar
         return original(cls, model, model_id, *args, **kwargs)
     except BaseException:
         # What another method leaves behind is PEFT's to decide.
-        if PromptWatch.on(model):
+        if Priors.within(model) is not None:
             before.undo()
         raise
 
 
-def _all_or_nothing(original: Method, model: Any, *args: Any, **kwargs: Any) -> Any:
+def all_or_nothing(original: Method, model: Any, *args: Any, **kwargs: Any) -> Any:
     """Leave the model as it was if an adapter is added or deleted, and something ends that half-way."""
     with Undone(Snapshot(model)):
         return original(model, *args, **kwargs)
@@ -209,9 +231,10 @@ def _find_offloaded(original: Method, model: Any, offload_index: Any, adapters_w
 REPLACEMENTS: dict[str, Method] = {
     "create_or_update_model_card": _write_card,
     "_upload_modified_files": _upload_with_card,
-    "add_adapter": _all_or_nothing,
-    "delete_adapter": _all_or_nothing,
+    "add_adapter": all_or_nothing,
+    "delete_adapter": all_or_nothing,
     "load_adapter": _load_into,
     "from_pretrained": _from_pretrained,
     "_update_offload": _find_offloaded,
 }
+FOR_ALL = ("from_pretrained",)

@@ -49,8 +49,10 @@ def register(config_class: type, model_class: type) -> None:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
     from peft.peft_model import PeftModel
     from peft.utils import PeftType, register_peft_method
+    from transformers import PreTrainedModel
 
     from .peft_patches import patch_optimizers, patch_peft_model
+    from .transformers_patches import patch_transformers
 
     member: Any = extend_str_enum(PeftType, METHOD.upper(), METHOD.upper())
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(member, config_class)
@@ -66,3 +68,4 @@ def register(config_class: type, model_class: type) -> None:
     register_peft_method(name=METHOD, config_cls=config_class, model_cls=model_class)
     patch_peft_model(PeftModel)
     patch_optimizers()
+    patch_transformers(PreTrainedModel)

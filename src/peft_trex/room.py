@@ -19,9 +19,12 @@ LEAST, TIMES = 2**26, 4
 NUMBERS = "numbers_in_file"
 
 
-def note_file(config: Any, numbers: int) -> None:
-    """Have a configuration remember that it comes from a file, which holds so many numbers; 0 if that is not known."""
-    setattr(config, NUMBERS, numbers)
+def note_file(holder: Any, numbers: int) -> None:
+    """Have a configuration remember that it comes from a file, which holds so many numbers; 0 if that is not known.
+
+    Where others read the configuration, the model that they load it into remembers it as long as they do.
+    """
+    setattr(holder, NUMBERS, numbers)
 
 
 class Room:
@@ -33,7 +36,7 @@ class Room:
     """
 
     def __init__(self, config: Any, base: nn.Module) -> None:
-        self.held: int | None = getattr(config, NUMBERS, None)
+        self.held: int | None = getattr(config, NUMBERS, getattr(base, NUMBERS, None))
         known = TIMES * self.held if self.held else sum(math.prod(shape_of(each)) for each in base.parameters())
         self.limit = math.inf if self.held is None else max(LEAST, known)
         self.taken = 0

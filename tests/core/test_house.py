@@ -19,7 +19,10 @@ FLOORS = [
     {"fast"},
     {"router_losses", "unsuited"},
     {"prior"},
-    {"card", "checks", "config", "loading", "room", "saved_rows", "targets", "registration", "peft_patches", "words"},
+    {
+        *("card", "checks", "config", "keys", "loading", "room", "saved_rows", "targets", "words"),
+        *("registration", "peft_patches", "transformers_patches"),
+    },
     {"parameters", "layer"},
     {"model"},
     {"data_pass", "notes", "steer"},

@@ -7,7 +7,7 @@ import torch
 from conftest import adapted, answered, batches, make_gpt2, make_llama, prompts, randomize
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.pytorch_utils import Conv1D
@@ -432,11 +432,7 @@ def test_adapter_names_are_refused():
         model(input_ids=prompts(2), adapter_names=["default", "default"])
 
 
-def test_prior_is_saved_once_and_injection_without_it_refused():
-    from peft import get_peft_model_state_dict, inject_adapter_in_model
-
+def test_prior_is_saved_once():
     state = get_peft_model_state_dict(adapted())
     assert [key for key in state if "trex_prior" in key and "centroids" in key] == ["base_model.trex_prior.centroids"]
     assert all("trex_" in key for key in state)
-    with pytest.raises(ValueError, match="shared state"):
-        inject_adapter_in_model(TRexConfig(use_prior=False), make_llama())

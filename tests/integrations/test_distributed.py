@@ -248,8 +248,7 @@ DEVICES = {"embed_tokens": "cpu", "layers.0": "cpu", "layers.1": "disk", "norm":
 
 def _device_map(prefix="base_model.model.", **changes):
     names = {f"{prefix}model.{name}": device for name, device in {**DEVICES, **changes}.items()}
-    adapter = {"base_model.trex_prior": "cpu"} if prefix else {}
-    return {**names, f"{prefix}lm_head": "disk" if prefix else "cpu", **adapter}
+    return {**names, f"{prefix}lm_head": "disk" if prefix else "cpu"}
 
 
 def _offload_to_cpu(model, folder):

@@ -39,6 +39,7 @@ LLAMA = {
 }
 GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.2}
 GPT2 |= {"bos_token_id": 94, "eos_token_id": 95, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+CLIP = {**BASE, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 77}
 OPT = {**BASE, "ffn_dim": 48, "num_hidden_layers": 2, "word_embed_proj_dim": 32, "dropout": 0.0, "init_std": 0.2}
 OPT |= {"max_position_embeddings": 128}
 T5 = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
@@ -88,6 +89,7 @@ MODELS: list[tuple[str, str, dict[str, Any]]] = [
     ("tiny-random-T5ForConditionalGeneration", "T5ForConditionalGeneration", T5),
     ("flan-t5-small", "T5ForConditionalGeneration", T5),
     ("tiny-random-BartForConditionalGeneration", "BartForConditionalGeneration", BART),
+    ("tiny-clip-text-2", "CLIPTextModel", CLIP),
     ("tiny-random-BertModel", "BertModel", BERT),
     ("tiny-random-BertForSequenceClassification", "BertForSequenceClassification", BERT),
     ("tiny-random-RobertaModel", "RobertaModel", BERT),

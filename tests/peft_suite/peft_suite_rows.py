@@ -18,8 +18,13 @@ LORA_TO_TREX = [
 REPLACED: dict[str, list[tuple[str, Any]]] = {
     "test_low_level_api.py": [
         *LORA_TO_TREX,
-        (r'(trex_A\["default"\])\.weight', r"\1"),  # a parameter, not a module
-        (r"(?<=\[\n)(?= +pytest.param\(TinyLoraConfig)", "            pytest.param(TRexConfig, {}, id='TRex'),\n"),
+        # a parameter, not a module
+        (r'(trex_A\["default"\]|trex_B\.default)\.weight', r"\1"),
+        # T-REX has more than A and B in a layer
+        (
+            r'del sd_before\["(\S+)\.trex_A\.weight"\]\n +del \S+',
+            r'sd_before = {key: value for key, value in sd_before.items() if not key.startswith("\1.")}',
+        ),
     ],
     "test_tuners_utils.py": [
         *LORA_TO_TREX,

@@ -121,6 +121,8 @@ def prune_trex(model: nn.Module, report: RoutingReport, keep: float = 1.0) -> TR
             if not layer.trex_A.keys():
                 tuner.model.set_submodule(name, layer.base_layer)
                 tuner.targeted_module_names = [other for other in tuner.targeted_module_names if other != name]
+        # The layer that held the priors may be gone.
+        tuner.trex_prior.settle()
     return pruned
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from ..keys import for_file, is_prior
 from ..layer import APPROXIMATE, TRexLayer
 from ..model import TRexModel, find_peft_model, find_tuner
 from ..prior.chat import ChatMarkers
@@ -74,12 +75,17 @@ def save_trex_as_lora(
     _check_exportable(tuner, adapter_name, per_cluster)
     if not per_cluster and adapter_name not in tuner.calibrated_adapters():
         warnings.warn(APPROXIMATE, stacklevel=2)
+    peft_model: Any = find_peft_model(model)
+    in_base = isinstance(peft_model, TRexModel)
     saved = get_peft_model_state_dict(
-        find_peft_model(model), adapter_name=adapter_name, save_embedding_layers=save_embedding_layers
+        peft_model.model if in_base else peft_model,
+        adapter_name=adapter_name,
+        save_embedding_layers=save_embedding_layers,
     )
+    saved = for_file(saved) if in_base else saved
     of_trex = tuple(f".{name}" for name in (*TRexLayer.adapter_layer_names, "trex_static"))
     # Modules that are trained in full beside the adapter, such as a classification head, travel with each LoRA.
-    trained = {key: tensor for key, tensor in saved.items() if not key.endswith(of_trex) and ".trex_prior." not in key}
+    trained = {key: tensor for key, tensor in saved.items() if not key.endswith(of_trex) and not is_prior(key)}
     trained = _checked(trained, adapter_name)
     clusters = [f"cluster_{index:02d}" for index in range(config.num_clusters if per_cluster else 0)]
     base_model = base_model or config.base_model_name_or_path

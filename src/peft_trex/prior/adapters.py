@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,25 +18,55 @@ from .chat import ChatMarkers
 from .semantic_prior import SemanticPrior
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Adapters:
     """A view of the adapters of one model, which stays true when adapters come and go.
 
     Attributes:
         base: the base model, with the adapted layers in it.
-        configs: the configuration of each adapter.
+        configs: the configuration of each adapter, those of other methods included.
         priors: the prior of each adapter that has one.
-        active: gives the names of the active adapters.
-        layers: gives the names and the adapted layers of the base model.
-        before_training: is called before a forward that will train calibrated adapters.
     """
 
     base: nn.Module
-    configs: Mapping[str, Any]
+    configs: dict[str, Any]
     priors: nn.ModuleDict
-    active: Callable[[], list[str]]
-    layers: Callable[[], Iterable[tuple[str, Any]]]
-    before_training: Callable[[], None]
+
+    def config_of(self, name: str) -> Any:
+        """The configuration of an adapter; a ValueError if it is none of T-REX."""
+        if name not in self.configs:
+            raise ValueError(f"There is no adapter {name!r}; the model has {sorted(self.configs)}.")
+        config = self.configs[name]
+        # PEFT warns of a second method on a model, but lets it take the name.
+        if not is_trex(config):
+            raise ValueError(
+                f"The adapter {name!r} was a T-REX adapter, and another method has taken its name: its "
+                f"configuration is a {type(config).__name__} now. Give the second adapter_name to get_peft_model."
+            )
+        return config
+
+    def layers(self) -> Iterator[tuple[str, Any]]:
+        """The adapted layers of the base model, by their names in it."""
+        for name, module in self.base.named_modules():
+            if is_layer(module):
+                yield name, module
+
+    def layers_of(self, adapter_name: str) -> dict[str, Any]:
+        """The layers that an adapter is in, by their names in the base model."""
+        return {name: layer for name, layer in self.layers() if adapter_name in layer.trex_A}
+
+    def active(self) -> list[str]:
+        """The active adapters. Every layer knows them, whoever has set them, and whether or not it has them."""
+        for _, layer in self.layers():
+            return [name for name in layer.active_adapters if self._is_trex(name, layer)]
+        return []
+
+    def _is_trex(self, name: str, layer: Any) -> bool:
+        """Whether an active adapter is one of T-REX; another method's may be active beside it."""
+        if name in self.configs and not is_trex(self.configs[name]) and name not in layer.trex_A:
+            return False
+        self.config_of(name)
+        return True
 
     def prior_of(self, name: str) -> SemanticPrior | None:
         """The semantic prior of an adapter, or None if it has none."""
@@ -112,6 +142,16 @@ class Adapters:
         """The device that a batch belongs on."""
         embedding = self.embedding()
         return next(self.base.parameters()).device if embedding is None else embedding.weight.device
+
+
+def is_trex(config: Any) -> bool:
+    """Whether an adapter's configuration is one of T-REX."""
+    return getattr(config, "peft_type", None) == "TREX"
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is an adapted layer."""
+    return isinstance(module, BaseTunerLayer) and "trex_A" in module._modules
 
 
 def find_embedding(base: Any) -> nn.Embedding | None:

@@ -24,6 +24,7 @@ from .override import find_steerable, resolve
 from .positions import PositionWatch
 from .scorer import PromptScorer
 from .state import ForwardState, Generation, Override
+from .static import StaticWeights
 
 # transformers 5.24 renamed the methods to `activation_checkpointing_enable` and so on, and kept this attribute.
 CHECKPOINT = "_gradient_checkpointing_func"
@@ -48,6 +49,7 @@ class PromptWatch:
         self.scorer = PromptScorer(adapters)
         self.conversations = Conversations(self.scorer)
         self.losses = LossWatch(self.scorer)
+        self.static = StaticWeights(adapters, channel)
         self.first_step = FirstStep(adapters, self.losses.check)
         self._handles: list[Any] = []
         # Transformers may run these modules under gradient checkpointing.
@@ -58,15 +60,15 @@ class PromptWatch:
         # The modules that a prior does not reach.
         self.outside: set[nn.Module] = set()
 
-    def attach(self) -> None:
-        """Start to watch the base model; nothing happens if that is so already."""
-        if self._handles:
-            return
+    @property
+    def attached(self) -> bool:
+        """Whether the base model is watched."""
+        return bool(self._handles)
+
+    def attach(self, *handles: Any) -> None:
+        """Start to watch the base model; the handles of other hooks leave with its own."""
         base: Any = self.adapters.base
-        # A tuner that this one replaces may have left its hooks.
-        for watch in self.on(base):
-            watch.detach()
-        self._handles = PositionWatch(self.channel).attach(base)
+        self._handles = [*handles, *PositionWatch(self.channel).attach(base)]
         for module in base.modules():
             if module is base or isinstance(module, PreTrainedModel):
                 self._handles += [
@@ -81,12 +83,6 @@ class PromptWatch:
             if callable(method):
                 self._wrapped[name] = (method, name in vars(base))
                 setattr(base, name, watched)
-
-    @classmethod
-    def on(cls, base: nn.Module) -> list[PromptWatch]:
-        """Those that watch a base model now."""
-        watches = [getattr(hook, "__self__", None) for hook in base._forward_pre_hooks.values()]
-        return [watch for watch in watches if isinstance(watch, PromptWatch)]
 
     def detach(self) -> None:
         """Leave the base model as it was."""
@@ -131,7 +127,7 @@ class PromptWatch:
             if not other:
                 return args, kwargs
         if self.channel.calibrated and module.training and torch.is_grad_enabled():
-            self.adapters.before_training()
+            self.static.forget_trained()
         self.first_step.forward(module)
         names = self.adapters.running()
         override, coefficients = self._override(chosen, names), self.losses.coefficients(module)
