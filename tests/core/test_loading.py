@@ -453,8 +453,8 @@ def test_the_adapters_of_another_model_stay_when_a_file_is_refused(folder, first
     model = adapted(base=base) if first == "T-REX" else get_peft_model(base, lora).eval()
     ids = prompts(3, seed=5)
     with torch.no_grad():
-        expected, before = model(ids).logits, everything(model)
-        written = model.generate(ids, max_new_tokens=4, do_sample=False)
+        expected, written = model(ids).logits, model.generate(ids, max_new_tokens=4, do_sample=False)
+    before = everything(model)
     for name in ("NaN", "the base model's norm", "fewer rows"):
         original = (folder / WEIGHTS).read_bytes()
         change_tensors(folder, DAMAGES[name][0])
