@@ -145,3 +145,11 @@ def test_a_model_that_hears_has_no_prompt_of_tokens():
     with pytest.warns(UserWarning, match="this model has no token embedding to compute it from"):
         model(input_features=torch.randn(2, 8, 40), labels=prompts(2))
     assert get_peft_model(make_t5(), TRexConfig(**SMALL)).base_model.prior_of("default") is not None
+
+
+def test_a_second_adapter_for_all_layers_has_those_of_the_first():
+    """Some attentions' out_proj cannot be adapted, and the others are adapted already."""
+    model = get_peft_model(siglip(), TRexConfig(**SMALL))
+    model.add_adapter("second", TRexConfig(**SMALL))
+    first, second = (set(model.base_model.layers_of(name)) for name in ("default", "second"))
+    assert first == second and any(name.endswith("self_attn.out_proj") for name in first)
