@@ -76,7 +76,7 @@ class TRexParameters(BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: TRexConfig, layer_name: str = "") -> None:
         """Add an adapter, or replace the one of this name; the layer's own name tells which experts it has."""
         experts = config.num_experts_of(layer_name)
-        shapes = dict.fromkeys((*self.adapter_layer_names, "trex_static"))
+        shapes: dict[str, Any] = dict.fromkeys((*self.adapter_layer_names, "trex_static"))
         # The two logits have an axis because FSDP shards no scalars.
         shapes |= {"trex_omega": (1,), "trex_gate": (1,)}
         shapes |= shapes_of(config, layer_name, self.in_features, self.out_features)

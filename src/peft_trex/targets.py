@@ -127,7 +127,8 @@ def _leave_out(config: Any, model: nn.Module, unsuited: Iterable[str]) -> None:
     # PEFT trains the heads in full.
     names = {name for name in HEADS.get(config.task_type, ()) if hasattr(model, name)}
     # The last part of a name stands for all layers with it, where all of them are unsuited.
-    linear = [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    kinds = (nn.Linear, Conv1D, BaseTunerLayer)
+    linear = [path for path, module in model.named_modules() if isinstance(module, kinds)]
     suited = {path.rpartition(".")[2] for path in linear if path not in set(unsuited)}
     lasts = {path: path.rpartition(".")[2] for path in unsuited}
     names |= {path if last in suited else last for path, last in lasts.items()}

@@ -47,7 +47,7 @@ from peft_trex import (
     unsuited,
 )
 from peft_trex.model import TRexModel
-from peft_trex.prior import positions
+from peft_trex.prior import positions, reach
 from peft_trex.undo import HOOKS, Snapshot
 
 SOURCE = str(Path(peft_trex.__file__).parent)
@@ -321,7 +321,8 @@ def _check(name, folder, count):
 @pytest.fixture(autouse=True)
 def _sources_are_read_once(monkeypatch):
     """The classes of a model's modules do not change, and reading their source takes most of the time here."""
-    for module, name in ((peft_trex.model, "position_layers"), (positions, "position_layers"), (unsuited, "bypassed")):
+    reads = ((reach, "position_layers"), (reach, "turns_rows"), (positions, "position_layers"), (unsuited, "bypassed"))
+    for module, name in reads:
         monkeypatch.setattr(module, name, cache(getattr(module, name)))
 
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from conftest import adapted, make_llama, prompts
+from conftest import adapted, make_llama
 from peft import PeftModel, get_peft_model
 from processes import in_child
 from safetensors.torch import save_file
@@ -105,8 +105,7 @@ def test_an_adapter_of_ones_own_may_be_of_any_size(tmp_path):
         get_peft_model(base, config)
     anew = TRexConfig(**config.to_dict())
     assert anew.num_clusters == 2_500_000 and anew.target_modules == config.target_modules
-    ids = prompts(2)
-    get_peft_model(base, TRexConfig(**{**anew.to_dict(), "num_clusters": 25}))(ids)
+    get_peft_model(base, TRexConfig(**{**anew.to_dict(), "num_clusters": 25}))
 
 
 def test_a_file_that_is_not_here_yet_leaves_room_for_what_lora_would_take(tmp_path):

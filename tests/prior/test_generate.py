@@ -359,3 +359,41 @@ def test_a_model_drafts_its_own_tokens():
         assert torch.equal(model.generate(ids, assistant_early_exit=1, **kwargs), expected)
     # What runs afterwards is not touched.
     assert torch.equal(model.generate(ids, **kwargs), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*past_key_values.*deprecated:FutureWarning")
+def test_a_pad_token_within_an_answer_stays_when_it_goes_on():
+    """transformers masks it where there is no mask, and the answer would go on otherwise than in one call."""
+    model, answer = adapted(), [11, PAD, 12, PAD, 13, 14, 15, 16]
+    row = torch.cat([torch.tensor([PAD, PAD]), prompts(1, length=7)[0]])
+    ids = torch.stack([row, prompts(2)[1]])
+
+    def write(_, scores):
+        written.append(answer[len(written)])
+        return torch.full_like(scores, -1e4).index_fill(1, torch.tensor([written[-1]]), 0.0)
+
+    def more(ids, count, **kwargs):
+        settings = {"do_sample": False, "pad_token_id": PAD, "output_logits": True, "return_dict_in_generate": True}
+        return model.generate(ids, max_new_tokens=count, logits_processor=[write], **settings, **kwargs)
+
+    written = []
+    whole = more(ids, 8)
+    written = []
+    half = more(ids, 5)
+    rest = more(half.sequences, 3, past_key_values=half.past_key_values)
+    assert torch.equal(rest.sequences, whole.sequences)
+    torch.testing.assert_close(torch.stack(rest.logits), torch.stack(whole.logits[5:]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*past_key_values.*deprecated:FutureWarning")
+def test_several_sequences_of_a_prompt_go_on_from_their_cache():
+    model, ids = adapted(), prompts(3, seed=9)
+
+    def more(ids, count, **kwargs):
+        settings = {"do_sample": True, "temperature": 1e-4, "return_dict_in_generate": True, **kwargs}
+        return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, **settings)
+
+    whole = more(ids, 8).sequences.repeat_interleave(2, 0)
+    half = more(ids, 4, num_return_sequences=2)
+    rest = more(half.sequences, 4, past_key_values=half.past_key_values)
+    assert torch.equal(rest.sequences, whole)

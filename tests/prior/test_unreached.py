@@ -13,6 +13,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     SiglipConfig,
     SiglipModel,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 from peft_trex import TRexConfig
@@ -130,3 +132,24 @@ def test_a_layer_without_any_part_is_named(name):
         get_peft_model(make(), TRexConfig(**SMALL, use_router=False, exclude_modules=rf".*{place}.*"))
         get_peft_model(make(), TRexConfig(**SMALL, use_router=False, inference_mode=True))
     get_peft_model(make_llama(), TRexConfig(**SMALL, use_router=False))
+
+
+def test_a_model_that_hears_has_no_prompt_of_tokens():
+    """Its token embedding is the decoder's, so no prior is promised that could not be fitted."""
+    sides = {"layers": 1, "attention_heads": 4, "ffn_dim": 48}
+    sizes = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in sides.items()}
+    config = WhisperConfig(**sizes, vocab_size=64, d_model=32, num_mel_bins=8, max_source_positions=20, pad_token_id=0)
+    model = get_peft_model(WhisperForConditionalGeneration(config), TRexConfig(**SMALL))
+    assert model.base_model.prior_of("default") is None
+    assert all(bool(layer.trex_router["default"].any()) for _, layer in model.base_model.trex_layers())
+    with pytest.warns(UserWarning, match="this model has no token embedding to compute it from"):
+        model(input_features=torch.randn(2, 8, 40), labels=prompts(2))
+    assert get_peft_model(make_t5(), TRexConfig(**SMALL)).base_model.prior_of("default") is not None
+
+
+def test_a_second_adapter_for_all_layers_has_those_of_the_first():
+    """Some attentions' out_proj cannot be adapted, and the others are adapted already."""
+    model = get_peft_model(siglip(), TRexConfig(**SMALL))
+    model.add_adapter("second", TRexConfig(**SMALL))
+    first, second = (set(model.base_model.layers_of(name)) for name in ("default", "second"))
+    assert first == second and any(name.endswith("self_attn.out_proj") for name in first)

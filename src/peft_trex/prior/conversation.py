@@ -179,9 +179,10 @@ class Conversations:
             return
         # Without ids of the prompt, the sequences are the new tokens alone.
         former = 0 if content.ids is None else content.length
-        new = sequences[:, former:][:, : max(0, cached - content.length)]
-        pad = self.adapters.pad_token()
+        new, pad = sequences[:, former:], self.adapters.pad_token()
         present = torch.ones_like(new, dtype=torch.bool) if pad is None else strip_padding(new, pad)
+        # The last token, which is not in the cache, tells whether a pad token before it is padding.
+        new, present = (part[:, : max(0, cached - content.length)] for part in (new, present))
 
         def of_rows(tensor: Tensor) -> Tensor:
             return tensor.repeat_interleave(len(sequences) // rows, 0)
@@ -191,3 +192,21 @@ class Conversations:
         content = content.change(of_rows).with_more(Content((new,), present, torch.ones_like(present)))
         if content.length == cached:
             attach(cache, History(last, content, seen))
+
+
+def attended_before(inputs: Inputs) -> Tensor | None:
+    """(B, T) bool, which tokens of a generate call are no padding, by what its cache knows of them.
+
+    transformers takes each pad token for padding where there is no mask, also one that an answer holds, which had a
+    part in all that the answer went on with. None where the cache does not know the call's tokens.
+    """
+    history = next((history_of(cache) for cache in inputs.caches), None)
+    known = None if history is None or history.content is None else history.content.ids
+    ids = inputs.ids
+    if history is None or history.content is None or known is None or not isinstance(ids, Tensor):
+        return None
+    length = known.shape[1]
+    if ids.dim() != 2 or ids.shape[1] < length or not torch.equal(ids[:, :length].to(known.device), known):
+        return None
+    new = torch.ones_like(ids[:, length:], dtype=torch.bool) if inputs.mask is None else inputs.mask[:, length:] > 0
+    return torch.cat([history.content.attended.to(ids.device), new], 1)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..undo import Snapshot, Undone
 from .adapters import Adapters, find_pad_token
 from .channel import CheckpointWithPrior, Frame, PriorChannel
-from .conversation import Conversations
+from .conversation import Conversations, attended_before
 from .first_step import FirstStep
 from .guard import Guard
 from .history import attach
@@ -212,6 +212,10 @@ class PromptWatch:
         if not names:
             return generate(*args, **kwargs)
         inputs = self._inputs_of_generate(args, kwargs, embeds)
+        attended = None if kwargs.get("attention_mask") is not None else attended_before(inputs)
+        if attended is not None:
+            inputs = replace(inputs, mask=attended)
+            kwargs["attention_mask"] = attended.long()
         part_of = None if chosen is not None or embeds is not None else self._generation_of(names)
         if part_of is not None and part_of.content is not None and part_of.begins(inputs):
             # A model may draft its own tokens. It has the same prompts then, and a cache of its own.
