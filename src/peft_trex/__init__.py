@@ -15,7 +15,7 @@ from .fit.clustering import TRexPriorReport
 from .fit.external import SemanticEmbedsCollator, embed_prompts
 from .fit.fitting import TRexPriorCallback, initialize_trex_prior
 from .layer import TRexLayer
-from .lora.export import save_trex_as_lora
+from .lora.export import TRexExportReport, save_trex_as_lora
 from .lora.from_lora import TRexFromLoraReport, trex_from_lora
 from .lora.semantic_router import SemanticRouter
 from .mixture import rank_one_mixture
@@ -33,6 +33,7 @@ __all__ = [
     "SemanticEmbedsCollator",
     "SemanticRouter",
     "TRexConfig",
+    "TRexExportReport",
     "TRexFromLoraReport",
     "TRexLayer",
     "TRexMergeReport",
