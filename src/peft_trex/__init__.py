@@ -27,7 +27,7 @@ try:
     from .fit.external import SemanticEmbedsCollator, embed_prompts
     from .fit.fitting import TRexPriorCallback, initialize_trex_prior
     from .layer import TRexLayer
-    from .lora.export import save_trex_as_lora
+    from .lora.export import TRexExportReport, save_trex_as_lora
     from .lora.from_lora import TRexFromLoraReport, trex_from_lora
     from .mixture import rank_one_mixture
     from .model import TRexModel
@@ -50,6 +50,7 @@ __all__ = [
     "SemanticEmbedsCollator",
     "SemanticRouter",
     "TRexConfig",
+    "TRexExportReport",
     "TRexFromLoraReport",
     "TRexLayer",
     "TRexMergeReport",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -91,10 +92,11 @@ class TRexLayer(TRexParameters):
         return Experts(experts.A, experts.B), folded.weights, folded.settings
 
     @torch.no_grad()
-    def static_factors(self, adapter_name: str, cluster: int | None = None) -> tuple[Tensor, Tensor]:
+    def static_factors(self, adapter_name: str, clusters: Mapping[int, float] | None = None) -> tuple[Tensor, Tensor]:
         """The static weight as `up @ down`: down (r, D_in) and up (D_out, r), float32 or wider, r at most r_b.
 
-        It is the calibrated weight for the prompts of `cluster`, None for all; uncalibrated, that of the mean routing.
+        It is the calibrated weight for the prompts of these clusters, each with its share, None for all prompts;
+        uncalibrated, that of the mean routing.
         """
         tensors = (self.trex_A[adapter_name], self.trex_B[adapter_name], self.trex_gate[adapter_name])
         dtype = torch.promote_types(tensors[0].dtype, torch.float32)
@@ -103,7 +105,10 @@ class TRexLayer(TRexParameters):
         if adapter_name not in self.trex_static:
             core = self.mean_core(adapter_name).to(dtype)
         else:
-            core = self.trex_static[adapter_name][0 if cluster is None else 1 + cluster].to(dtype)
+            static = self.trex_static[adapter_name].to(dtype)
+            core = (
+                static[0] if clusters is None else sum(share * static[1 + index] for index, share in clusters.items())
+            )
             if core.shape[1] == self.in_features:
                 return core, up
         with torch.autocast(A.device.type, enabled=False):

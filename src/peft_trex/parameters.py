@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -24,6 +24,20 @@ KINDS = tuple(f"trex_{field}" for field in Experts._fields)
 CORE_START, MAP_START = 0.5, 0.3
 
 
+class Kinship(NamedTuple):
+    """How close the static weights of K clusters are in a layer, on the data that they were fitted to.
+
+    Attributes:
+        products: (K, K) float64, the mean over all tokens of the product of what two clusters' weights add.
+        tokens: (K,) float64, those of each cluster.
+        energy: the sum of the squares of what the adapter adds.
+    """
+
+    products: Tensor
+    tokens: Tensor
+    energy: float
+
+
 class TRexParameters(BaseTunerLayer):
     """The parameters of the T-REX adapters of one layer, and their settings.
 
@@ -39,6 +53,7 @@ class TRexParameters(BaseTunerLayer):
         "trex_reached",
         "trex_chosen",
         "trex_static",
+        "trex_kinship",
     )
 
     def __init__(self, base_layer: nn.Module, channel: PriorChannel) -> None:
@@ -55,6 +70,8 @@ class TRexParameters(BaseTunerLayer):
         # A calibrated adapter has a static core for all tokens, and perhaps one for each cluster's: C with `m = C a`,
         # (1 or 1 + K, r_b, r_a), or a wide C with `m = C x`, (1 or 1 + K, r_b, D_in).
         self.trex_static = BufferDict(persistent=True)
+        # It is known of weights for clusters that were calibrated in this process, and is not saved.
+        self.trex_kinship: dict[str, Kinship] = {}
         self.trex_settings: dict[str, Settings] = {}
         self.trex_fused: dict[str, bool] = {}
         self.trex_uses_prior: dict[str, bool] = {}
@@ -76,7 +93,7 @@ class TRexParameters(BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: TRexConfig, layer_name: str = "") -> None:
         """Add an adapter, or replace the one of this name; the layer's own name tells which experts it has."""
         experts = config.num_experts_of(layer_name)
-        shapes: dict[str, Any] = dict.fromkeys((*self.adapter_layer_names, "trex_static"))
+        shapes: dict[str, Any] = dict.fromkeys((*self.adapter_layer_names, "trex_static", "trex_kinship"))
         # The two logits have an axis because FSDP shards no scalars.
         shapes |= {"trex_omega": (1,), "trex_gate": (1,)}
         shapes |= shapes_of(config, layer_name, self.in_features, self.out_features)
@@ -159,8 +176,11 @@ class TRexParameters(BaseTunerLayer):
         kinds = (getattr(self, name) for name in self.adapter_layer_names)
         return [parameters[adapter_name] for parameters in kinds if adapter_name in parameters]
 
-    def keep_static(self, adapter_name: str, static: Tensor | None) -> None:
+    def keep_static(self, adapter_name: str, static: Tensor | None, kinship: Kinship | None = None) -> None:
         """Store the static cores of a calibrated adapter, or drop them with None."""
+        self.trex_kinship.pop(adapter_name, None)
+        if kinship is not None:
+            self.trex_kinship[adapter_name] = kinship
         if static is not None:
             self.trex_static[adapter_name] = static.to(self.trex_A[adapter_name].device)
             self._channel.calibrated.add(adapter_name)

@@ -139,7 +139,7 @@ def test_static_weights_are_the_least_squares_and_errors_are_those_measured(vari
         few, r_a = (z.shape[1] / len(z)) ** 0.5, len(A)
         for index in range(clusters):
             own = cluster == index
-            down, up = layer.static_factors("default", index)
+            down, up = layer.static_factors("default", {index: 1.0})
             towards = best
             if fit == "input":
                 # The cluster is drawn to its own best core where that misses less than the weights of all tokens.

@@ -30,6 +30,7 @@ from ..data_pass import Attended, Data, DataPass, check_count, check_unmerged
 from ..layer import TRexLayer
 from ..mixture import mix_features
 from ..model import find_peft_model, find_tuner
+from ..parameters import Kinship
 from ..prior.inputs import Inputs
 from ..undo import Snapshot, Undone
 from .moments import RIDGE, Moments, add_products, ridge
@@ -140,7 +141,7 @@ def calibrate_trex_merge(
     report = _report({name: solutions[name] for name in layers}, clusters)
     with Undone(Snapshot(tuner)):
         for name, layer in layers.items():
-            layer.keep_static(adapter_name, solutions[name].static)
+            layer.keep_static(adapter_name, solutions[name].static, solutions[name].kinship if per_cluster else None)
         tuner.card_notes.setdefault(adapter_name, {})["merge"] = report
     return report
 
@@ -154,6 +155,7 @@ class _Solution(NamedTuple):
     # The sums of |B m|^2, and of what all tokens' weights, the mean routing and the clusters' weights miss of it.
     energy: float
     missed: tuple[float, float, float]
+    kinship: Kinship
 
 
 class _Sums:
@@ -271,8 +273,12 @@ def _solve(
     # Tokens without a cluster get the weights of all tokens.
     by_cluster = zip([*static[1:], static[0]], map(moments.of, range(len(moments.tokens))), strict=True)
     missed = (moments.of().missed(static[0], BB), missed_by_mean, sum(each.missed(U, BB) for U, each in by_cluster))
+    energy = (BB * total.mm).sum().item()
+    clusters = static[1:]
+    added = (BB @ clusters @ moments.of().zz / max(1, tokens)).flatten(1)  # (K, r_b n)
+    kinship = Kinship((added @ clusters.flatten(1).T).cpu(), core.tokens[:-1].cpu(), energy)
     static = (static @ A if widened else static).float()
-    return _Solution(kind, static, core.tokens.long().tolist(), (BB * total.mm).sum().item(), missed)
+    return _Solution(kind, static, core.tokens.long().tolist(), energy, missed, kinship)
 
 
 def _fit_sets(moments: Moments, BB: Tensor, starts: Tensor, share: float) -> Tensor:

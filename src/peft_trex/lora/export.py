@@ -27,6 +27,7 @@ from ..layer import APPROXIMATE, TRexLayer
 from ..model import TRexModel, find_peft_model, find_tuner
 from ..prior.chat import ChatMarkers
 from . import semantic_router
+from .joining import OVERALL, TRexExportReport, group_clusters, shares
 from .reader import DOWN, PREFIX, UP
 
 try:
@@ -34,7 +35,6 @@ try:
 except ImportError:
     fcntl = None  # type: ignore[assignment]
 
-OVERALL = "overall"
 # The folder that an export writes to, and in it the names of what moves out in the end.
 PART, MOVING = ".part-", "moving.json"
 
@@ -45,9 +45,10 @@ def save_trex_as_lora(
     *,
     adapter_name: str = "default",
     per_cluster: bool = True,
+    max_adapters: int | None = None,
     save_embedding_layers: bool | Literal["auto"] = "auto",
     base_model: str | None = None,
-) -> None:
+) -> TRexExportReport:
     """Save an adapter as plain LoRA, which PEFT, vLLM and others load and serve without this package.
 
     The LoRA hold the static weights that [`calibrate_trex_merge`] found, to the rounding of the adapter's dtype; their
@@ -61,6 +62,10 @@ def save_trex_as_lora(
         per_cluster: also save `cluster_00`, `cluster_01`, ..., one adapter for each cluster of prompts, and what
             chooses between them: `router.json` and `router.safetensors`, for a [`SemanticRouter`], and for readers
             a copy of its module. They hold the adapter's chat markers, so that the router pools what the model does.
+        max_adapters: how many adapters there may be for the clusters, beside "overall". Those whose static weights are
+            closest are joined, and share an adapter, which has the name of the first of them; the router sends all of
+            their prompts to it. It goes by the data of the calibration, which must have run in this process. None
+            saves an adapter for each cluster.
         save_embedding_layers: as in PEFT's `save_pretrained`, with each LoRA; "auto" saves resized ones.
         base_model: the base model's name or folder where the LoRA will be served, if it is not the one that the
             adapter was trained on; a server that looks adapters up by their base model compares the two.
@@ -73,6 +78,9 @@ def save_trex_as_lora(
     tuner = find_tuner(model)
     config, layers = tuner.config_of(adapter_name), tuner.layers_of(adapter_name)
     _check_exportable(tuner, adapter_name, per_cluster)
+    groups, joining_error = group_clusters(
+        layers, adapter_name, config.num_clusters if per_cluster else 0, max_adapters
+    )
     if not per_cluster and adapter_name not in tuner.calibrated_adapters():
         warnings.warn(APPROXIMATE, stacklevel=2)
     peft_model: Any = find_peft_model(model)
@@ -87,11 +95,10 @@ def save_trex_as_lora(
     # Modules that are trained in full beside the adapter, such as a classification head, travel with each LoRA.
     trained = {key: tensor for key, tensor in saved.items() if not key.endswith(of_trex) and not is_prior(key)}
     trained = _checked(trained, adapter_name)
-    clusters = [f"cluster_{index:02d}" for index in range(config.num_clusters if per_cluster else 0)]
     base_model = base_model or config.base_model_name_or_path
     with _appearing(Path(path).resolve()) as folder:
-        for name, cluster in zip((".", *clusters), (None, *range(len(clusters))), strict=True):
-            tensors, rank = _lora_tensors(layers, adapter_name, cluster)
+        for name, clusters in ((".", None), *((name, groups[name]) for name in groups if name != OVERALL)):
+            tensors, rank = _lora_tensors(layers, adapter_name, clusters)
             lora = LoraConfig(
                 r=rank,
                 lora_alpha=rank,
@@ -110,10 +117,11 @@ def save_trex_as_lora(
             (folder / OVERALL).mkdir()
             for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
                 shutil.copyfile(folder / name, folder / OVERALL / name)
-            _save_router(folder, tuner, adapter_name, clusters, base_model)
+            _save_router(folder, tuner, adapter_name, groups, base_model)
         written = semantic_router.hashes_of(folder, semantic_router.exported_files(folder))
         lines = [f"{digest}  {name}\n" for name, digest in written.items()]
         (folder / semantic_router.HASHES).write_text("".join(lines), encoding="utf-8")
+    return TRexExportReport(groups, joining_error)
 
 
 def _check_exportable(tuner: TRexModel, adapter_name: str, per_cluster: bool) -> None:
@@ -231,10 +239,16 @@ def _checked(tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tens
 
 
 def _lora_tensors(
-    layers: Mapping[str, TRexLayer], adapter_name: str, cluster: int | None
+    layers: Mapping[str, TRexLayer], adapter_name: str, clusters: tuple[int, ...] | None
 ) -> tuple[dict[str, Tensor], int]:
-    """The LoRA matrices of all layers by their names in PEFT's files, filled up to one rank, and this rank."""
-    factors = {name: layer.static_factors(adapter_name, cluster) for name, layer in layers.items()}
+    """The LoRA matrices of all layers by their names in PEFT's files, filled up to one rank, and this rank.
+
+    They hold the weights for these clusters together, None for all tokens.
+    """
+    factors = {
+        name: layer.static_factors(adapter_name, shares(layer, adapter_name, clusters))
+        for name, layer in layers.items()
+    }
     rank = max(len(down) for down, _ in factors.values())
     tensors = {}
     for name, (down, up) in factors.items():
@@ -258,7 +272,7 @@ def target_names(model: nn.Module, layers: Mapping[str, TRexLayer]) -> list[str]
 
 @torch.no_grad()
 def _save_router(
-    folder: Path, tuner: TRexModel, adapter_name: str, clusters: list[str], base_model: str | None
+    folder: Path, tuner: TRexModel, adapter_name: str, groups: Mapping[str, tuple[int, ...]], base_model: str | None
 ) -> None:
     config, prior, embedding = tuner.config_of(adapter_name), tuner.prior_of(adapter_name), tuner.input_embedding()
     # Clusters can only be calibrated with a prior.
@@ -274,7 +288,7 @@ def _save_router(
                 scores.append(embeds @ tensors["centroids"].T.to(embeds.device))
         tensors["token_scores"] = torch.cat(scores)
     save_file(_checked(tensors, adapter_name), folder / semantic_router.ROUTER_TENSORS)
-    markers = _pooling_markers(tuner, adapter_name)
+    markers, adapters = _pooling_markers(tuner, adapter_name), {k: name for name, ks in groups.items() for k in ks}
     chat: dict[str, Any] = {}
     # Folders without these fields are as they always were.
     if markers is not None or config.prior_scope != "prompt":
@@ -286,8 +300,8 @@ def _save_router(
         "base_model_name_or_path": base_model,
         "prior_encoder": config.prior_encoder,
         "default": OVERALL,
-        "adapters": {OVERALL: ".", **{name: name for name in clusters}},
-        "clusters": clusters,
+        "adapters": {name: "." if name == OVERALL else name for name in groups},
+        "clusters": [adapters[index] for index in range(config.num_clusters)],
         "hashes": semantic_router.HASHES,
         **chat,
     }
