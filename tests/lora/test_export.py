@@ -33,7 +33,8 @@ from peft_trex.lora import export, semantic_router
 CLUSTERS = ["cluster_00", "cluster_01", "cluster_02", "cluster_03"]
 ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
 ROUTER = ["SHA256SUMS", "router.json", "router.safetensors", "semantic_router.py"]
-EVERYTHING = sorted([*ADAPTER, *ROUTER, *CLUSTERS, *(f"{cluster}/{name}" for cluster in CLUSTERS for name in ADAPTER)])
+FOLDERS = [*CLUSTERS, "overall"]
+EVERYTHING = sorted([*ADAPTER, *ROUTER, *FOLDERS, *(f"{folder}/{name}" for folder in FOLDERS for name in ADAPTER)])
 
 
 def inputs(kind="llama", seed=7, count=8):
@@ -251,7 +252,7 @@ def test_what_lies_in_the_folder(llama, folder):
     assert files(folder) == EVERYTHING
     assert os.listdir(folder.parent) == ["out"]
     lines = [line.split("  ") for line in (folder / "SHA256SUMS").read_text().splitlines()]
-    assert [name for _, name in lines] == [name for name in EVERYTHING if name not in ("SHA256SUMS", *CLUSTERS)]
+    assert [name for _, name in lines] == [name for name in EVERYTHING if name not in ("SHA256SUMS", *FOLDERS)]
     assert all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest for digest, name in lines)
     assert SemanticRouter.from_pretrained(folder).adapters == {
         "overall": folder,
@@ -382,6 +383,13 @@ def test_one_adapter_without_a_calibration(tmp_path):
     with pytest.raises(ValueError, match="no static weights for each cluster"):
         save_trex_as_lora(calibrate(model, per_cluster=False), tmp_path / "other")
     assert files(tmp_path) == ["out", *(f"out/{name}" for name in ("SHA256SUMS", *ADAPTER))]
+    # A server looks an adapter up by its name, and compares the base model's with its own.
+    save_trex_as_lora(model, tmp_path / "named", base_model="org/base")
+    for part in (ADAPTER[0], f"overall/{ADAPTER[0]}", f"{CLUSTERS[2]}/{ADAPTER[0]}", "router.json"):
+        assert json.loads((tmp_path / "named" / part).read_text())["base_model_name_or_path"] == "org/base"
+    for name in ADAPTER:
+        one, other = (tmp_path / "named" / folder / name for folder in (".", "overall"))
+        assert one.read_bytes() == other.read_bytes()
     save_trex_as_lora(model, tmp_path / "other", per_cluster=False)
     assert close(run(load(make_llama(), tmp_path / "other")), run(with_static_weights(make_llama(), model)))
 

@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -108,7 +109,7 @@ def answer(routing, path, body, **options):
 
 
 def requests_of(row, other):
-    """One prompt in all the forms that a server takes, with other tasks' tokens around it where they must not count."""
+    """One prompt in all the forms that a server takes, with another task's tokens around it, which must not count."""
     words, user = text(row), {"role": "user", "content": text(row)}
     system, turn = {"role": "system", "content": text(other)}, {"role": "user", "content": text(other)}
     said = {"role": "assistant", "content": text(other)}
@@ -160,10 +161,15 @@ def test_without_markers_the_whole_prompt_counts(whole):
     counted = []
     for row, other in zip(messages_of(6, seed=2), messages_of(6, seed=3)[::-1], strict=True):
         messages = [{"role": "system", "content": text(other)}, {"role": "user", "content": text(row)}]
-        (_, headers, _), _ = answer(whole, CHAT, {"model": "trex", "messages": messages})
         # The template leaves the system's role out of the markers, and ends it as an answer.
         expected = whole.router.route([*other, 2, 3, *row, 4]).adapter
-        assert headers[b"x-trex-adapter"] == expected.encode()
+        for path, body in (
+            (CHAT, {"messages": messages}),
+            (RESPONSES, {"input": text(row), "instructions": text(other)}),
+            (COMPLETIONS, {"prompt": f"{text(other)} </s> w3 {text(row)} w4"}),
+        ):
+            (_, headers, _), _ = answer(whole, path, {"model": "trex", **body})
+            assert headers[b"x-trex-adapter"] == expected.encode()
         counted.append(expected != whole.router.route([3, *row, 4]).adapter)
     assert any(counted)
 
@@ -217,11 +223,7 @@ def test_what_cannot_be_routed_rightly_is_refused_by_name(chat, case):
     assert status == 400 and b"x-trex-adapter" not in headers and not server.bodies
     message = json.loads(content)["error"]["message"]
     assert message.startswith("T-REX cannot route this request: ")
-    pytest.raises(ValueError, raise_, message).match(words)
-
-
-def raise_(message):
-    raise ValueError(message)
+    assert re.search(words, message)
 
 
 def test_what_only_the_server_can_write_is_refused_where_it_counts(whole, chat, folders, tmp_path):
@@ -297,12 +299,8 @@ def test_a_server_that_ignores_names_never_sees_a_body_of_no_form(folders, case)
     routing = Routing(folders / "chat", target=LoraList({}), max_bytes=20_000)
     path, content = HOSTILE[case]
     (status, _, content), server = answer(routing, path, content)
-    assert (
-        status == 400
-        and not server.bodies
-        and b"T-REX cannot route this request: its body has" in content
-        or (b"it is longer than 20000 bytes" in content)
-    )
+    reason = b"it is longer than 20000 bytes" if case == "too long" else b"its body has not the form"
+    assert status == 400 and not server.bodies and b"T-REX cannot route this request: " + reason in content
 
 
 def test_other_encodings_of_json_are_read(chat):
@@ -468,7 +466,7 @@ def test_the_environment_says_which_folder(folders, tmp_path, monkeypatch):
         status == 200
         and headers[b"x-trex-adapter"].decode() == middleware.routing.router.route([3, 60, 60, 4]).adapter
     )
-    with pytest.raises(ValueError, match="expected one {}, as in 'BASE:{}'"):
+    with pytest.raises(ValueError, match=r"expected one \{\}, as in 'BASE:\{\}'"):
         ModelName("base")
 
 
@@ -477,14 +475,14 @@ def test_folders_that_no_server_can_route_by(folders, tmp_path):
     initialize_trex_prior(model, embeddings=torch.randn(40, 5), progress=False)
     calibrate_trex_merge(model, [{"input_ids": prompts(4), "semantic_embeds": torch.eye(4, 5)}], per_cluster=True)
     save_trex_as_lora(model, tmp_path / "out")
-    with pytest.raises(ValueError, match="a prompt's tokens alone, which .*out cannot route by: .*'external'"):
+    with pytest.raises(ValueError, match=r"a prompt's tokens alone, which .*out cannot route by: .*'external'"):
         Routing(tmp_path / "out")
     model = adapted()
     calibrate_trex_merge(model, [{"input_ids": prompts(4)}], per_cluster=True, progress=False)
     save_trex_as_lora(model, tmp_path / "nameless")
     with pytest.raises(ValueError, match="nameless does not name its base model"):
         Routing(tmp_path / "nameless")
-    with pytest.raises(FileNotFoundError, match="There is no .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"There is no .*nowhere"):
         Routing(tmp_path / "nowhere", tokenizer=folders / "tokenizer")
 
 

@@ -25,7 +25,7 @@ class TRexMiddleware:
     """Gives each request for the folder's model the adapter of its prompt's cluster; all others pass as they are.
 
     `vllm serve BASE --enable-lora ... --middleware peft_trex.serve_router.TRexMiddleware` makes it without a routing,
-    which then comes from the environment: see [`Routing.from_environment`].
+    which then comes from the environment, as `Routing.from_environment` reads it.
 
     The answer has the header `x-trex-adapter`. A body that cannot be parsed, or is longer than `Routing.max_bytes`,
     passes unchanged, and the server refuses it, since it has no model of that name. A request that one adapter cannot
@@ -66,10 +66,11 @@ class TRexMiddleware:
             choice = await asyncio.get_running_loop().run_in_executor(self._worker, self.routing.choose, path, content)
         except Unreadable as error:
             if self.routing.target.ignores_names:
-                return await _refuse(str(error) or "its body has not the form that this route asks for", send)
+                reason = str(error) or "its body has not the form that this route asks for"
+                return await answer_error(400, f"T-REX cannot route this request: {reason}.", send)
             choice = None
         except Refused as error:
-            return await _refuse(str(error), send)
+            return await answer_error(400, f"T-REX cannot route this request: {error}.", send)
         if choice is None:
             return await self.app(scope, _replay(messages, receive), send)
         framing = (b"content-length", b"transfer-encoding")
@@ -124,10 +125,10 @@ def _with_header(send: Send, adapter: str) -> Send:
     return send_with_header
 
 
-async def _refuse(reason: str, send: Send) -> None:
+async def answer_error(status: int, reason: str, send: Send) -> None:
     """Answer with an error of the form that OpenAI's clients read."""
-    error = {"message": f"T-REX cannot route this request: {reason}.", "type": "BadRequestError", "code": 400}
-    content = json.dumps({"error": {**error, "param": None}}).encode()
+    error = {"message": reason, "type": "TRexRouterError", "param": None, "code": status}
+    content = json.dumps({"error": error}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": content})

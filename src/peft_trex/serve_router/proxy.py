@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, MutableMapping
 from typing import Any
 
-from .middleware import Message, Receive, Send
+from .middleware import Message, Receive, Send, answer_error
 
 # These belong to one connection, and are none of the other's business; the client writes the host by itself.
 OF_CONNECTION = {b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection"}
@@ -60,7 +59,7 @@ class Proxy:
         path = scope.get("raw_path") or scope["path"].encode()
         # Anything else would be read as a part of the host's name.
         if not path.startswith(b"/"):
-            return await _fail(400, "the path of a request begins with /", send)
+            return await answer_error(400, "The path of a request begins with /.", send)
         query = b"?" + scope["query_string"] if scope.get("query_string") else b""
         url = self._upstream.copy_with(raw_path=self._upstream.raw_path.rstrip(b"/") + path + query)
         headers = [(name, value) for name, value in scope["headers"] if name.lower() not in OF_CONNECTION]
@@ -72,7 +71,7 @@ class Proxy:
         try:
             answer = await self._client.send(request, stream=True)
         except httpx.TransportError as error:
-            return await _fail(502, f"the server at {self._upstream} does not answer ({error!r})", send)
+            return await answer_error(502, f"The server at {self._upstream} does not answer ({error!r}).", send)
         try:
             headers = [(name, value) for name, value in answer.headers.raw if name.lower() not in OF_CONNECTION]
             await send({"type": "http.response.start", "status": answer.status_code, "headers": headers})
@@ -101,10 +100,3 @@ async def _gone(receive: Receive, read: asyncio.Event) -> None:
     message: Message = {}
     while message.get("type") != "http.disconnect":
         message = await receive()
-
-
-async def _fail(status: int, reason: str, send: Send) -> None:
-    content = json.dumps({"error": {"message": f"T-REX: {reason}.", "type": "ProxyError", "code": status}}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": content})
