@@ -22,7 +22,7 @@ LM_EVAL := lm_eval sacrebleu portalocker tabulate colorama lxml
 SDIST_TESTS := $(addprefix tests/,core/test_mixture.py core/test_packaging.py examples/test_quickstart.py \
 	$(addprefix benchmarks/test_,benchmarks.py operations.py scaling.py))
 
-.PHONY: demo serve test test-fast test-lowest test-newest lint docs package bench quality clean
+.PHONY: demo serve test test-fast test-lowest test-newest lint docs package release-check bench quality clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/quickstart.py $(ARGS)
@@ -65,6 +65,10 @@ package: $(VENV)/test
 	tar -xzf dist/*.tar.gz -C dist
 	cd dist/*/ && $(CURDIR)/$(WHEEL)/bin/python -m pytest --collect-only -q | tail -1
 	cd dist/*/ && $(CURDIR)/$(WHEEL)/bin/python -m pytest -n 2 -q -m "not slow" $(SDIST_TESTS)
+
+# What stands between this commit and a release; CONTRIBUTING.md says how to go on.
+release-check: docs package
+	$(BIN)/python tests/release_check.py
 
 # On two quiet cores some 20 minutes; the GPU's sizes where there is one.
 bench: $(VENV)/test

@@ -46,7 +46,7 @@ def facts_of(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], fit
         "Token router": _router(config),
         "Clusters": _clusters(config, fitted),
         "Parameters": f"{sum(math.prod(shape) for shape in trained.values()):,}",
-        "Calibrated": _calibrated([shape for name, shape in shapes.items() if _kind(name) == STATIC], shapes),
+        "Calibrated": _calibrated(layers, shapes),
         "Written by": f"peft-trex {config['peft_trex_version'] or 'of before 0.1.0'}",
     }
 
@@ -70,14 +70,16 @@ def _clusters(config: Mapping[str, Any], fitted: bool) -> str:
     return f"{config['num_clusters']}, {'fitted' if fitted else 'not fitted yet'}, by {source}"
 
 
-def _calibrated(static: Sequence[Sequence[int]], shapes: Mapping[str, Sequence[int]]) -> str:
-    """Whether there are static weights, which are (S, r_b, n) in each layer."""
+def _calibrated(layers: Sequence[str], shapes: Mapping[str, Sequence[int]]) -> str:
+    """Whether there are static weights, which are (S, r_b, n) in each layer; n is r_a for a core."""
+    static = {layer: shapes[f"{layer}.{STATIC}"] for layer in layers if f"{layer}.{STATIC}" in shapes}
     if not static:
         return "no: a merge would hold the mean routing"
-    ranks = {shape[0] for name, shape in shapes.items() if _kind(name) == "trex_A"}
-    fit = "core" if {shape[2] for shape in static} <= ranks else "input"
-    sets = static[0][0]
-    return f"yes, fit={fit!r}, for all prompts" + (f" and for each of {sets - 1} clusters" if sets > 1 else "")
+    cores = sum(shape[2] == shapes[f"{layer}.trex_A"][0] for layer, shape in static.items())
+    kinds = [f"{kind} in {count} layers" for kind, count in (("input", len(static) - cores), ("core", cores)) if count]
+    sets = next(iter(static.values()))[0]
+    clusters = f" and for each of {sets - 1} clusters" if sets > 1 else ""
+    return f"for all prompts{clusters}, by the fit to {', to '.join(kinds)}"
 
 
 def facts_of_model(tuner: Any, adapter_name: str) -> dict[str, str]:
@@ -96,7 +98,7 @@ def facts_of_model(tuner: Any, adapter_name: str) -> dict[str, str]:
     if notes.get("learning_rate") is not None:
         facts["Learning rate"] = f"{notes['learning_rate']:g}"
     report = notes.get("merge")
-    if report is not None and facts["Calibrated"].startswith("yes"):
+    if report is not None and facts["Calibrated"].startswith("for all"):
         text = f"misses {report.error:.2%} of what the adapter adds"
         if report.cluster_error is not None:
             text += f"; one LoRA for each cluster misses {report.cluster_error:.2%}"

@@ -147,6 +147,7 @@ def _calibrate(model: Any, tokenizer: Any, arguments: argparse.Namespace, per_cl
             data.batches,
             per_cluster=per_cluster,
             fit=arguments.fit,
+            memory_gb=arguments.memory_gb,
             max_batches=arguments.max_batches,
             progress=not arguments.quiet,
         )
@@ -198,7 +199,7 @@ def make_parser() -> argparse.ArgumentParser:
     part = command(
         calibrate,
         "find the static weights that miss least of an adapter, for merge and export, and keep them with it",
-        "adapter --data train.jsonl --chat --fit input",
+        "adapter --data train.jsonl --chat --per-cluster",
     )
     _add_adapter(part)
     part.add_argument("--per-cluster", action="store_true", help="for each cluster of prompts too, which export needs")
@@ -208,7 +209,7 @@ def make_parser() -> argparse.ArgumentParser:
     part = command(
         merge,
         "merge an adapter into its base model, calibrated on --data first",
-        "adapter --data train.jsonl --chat --fit input --out merged",
+        "adapter --data train.jsonl --chat --out merged",
     )
     _add_adapter(part)
     part.add_argument("--out", metavar="FOLDER", required=True, help="a new folder for the merged model")
@@ -223,6 +224,7 @@ def make_parser() -> argparse.ArgumentParser:
     part.add_argument("--out", metavar="FOLDER", required=True, help="a new folder for the LoRA adapters")
     part.add_argument("--overall", action="store_true", help="only one LoRA, for all prompts, and no router")
     _add_data(part, required=False, fit=True)
+    commands.add_parser("serve-router", help="put an export behind one model's name, in front of a server")
     return parser
 
 
@@ -244,7 +246,10 @@ def _add_data(part: argparse.ArgumentParser, required: bool, fit: bool = False) 
     """The options of commands that run the model over data."""
     if fit:
         part.add_argument(
-            "--fit", choices=["core", "input"], default="core", help="input misses less, and takes longer"
+            "--fit", choices=["auto", "core", "input"], default="auto", help="what the static weights read"
+        )
+        part.add_argument(
+            "--memory-gb", type=float, default=2.0, metavar="GB", help="for the fit to input (default: 2)"
         )
     group = part.add_argument_group("data and model", DATA)
     group.add_argument("--data", metavar="FILE", required=required, help="rows like those that it was trained on")
@@ -264,7 +269,14 @@ def _add_data(part: argparse.ArgumentParser, required: bool, fit: bool = False) 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit code. A user's mistake is told in a line, and nothing else ends without a traceback."""
-    parsed = make_parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] == ["serve-router"]:
+        # This command has a parser of its own, and needs packages that the others do not.
+        from .serve_router.__main__ import main as serve
+
+        serve(given[1:])
+        return 0
+    parsed = make_parser().parse_args(given)
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         print(f"peft-trex: warning: {message}", file=sys.stderr)

@@ -42,13 +42,13 @@ def test_the_table_is_filled(tmp_path):
 
 def test_what_a_calibration_found_is_in_the_card_until_it_is_dropped(tmp_path):
     model = adapted()
-    report = calibrate_trex_merge(model, batches(), per_cluster=True, progress=False)
+    report = calibrate_trex_merge(model, batches(), per_cluster=True, fit="core", progress=False)
     table = table_of(card_of(model, tmp_path))
-    assert table["Calibrated"] == "yes, fit='core', for all prompts and for each of 4 clusters"
+    assert table["Calibrated"] == "for all prompts and for each of 4 clusters, by the fit to core in 14 layers"
     assert f"misses {report.error:.2%} of what the adapter adds" in table["Merged"]
     assert f"for each cluster misses {report.cluster_error:.2%}" in table["Merged"]
     calibrate_trex_merge(model, batches(), fit="input", progress=False)
-    assert table_of(card_of(model, tmp_path))["Calibrated"] == "yes, fit='input', for all prompts"
+    assert table_of(card_of(model, tmp_path))["Calibrated"] == "for all prompts, by the fit to input in 14 layers"
     # A file that is loaded has static weights of its own, of which nobody knows what they miss.
     model.load_adapter(tmp_path, "default")
     assert "Merged" not in table_of(card_of(model, tmp_path))

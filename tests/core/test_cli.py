@@ -21,6 +21,7 @@ from peft_trex import SemanticRouter, TRexConfig, __version__
 from peft_trex.cli import main, make_parser
 
 COMMANDS = ["info", "fit-prior", "report", "calibrate", "merge", "export"]
+ALL = [*COMMANDS, "serve-router"]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -129,7 +130,10 @@ def test_calibrate_keeps_the_static_weights_and_what_they_miss(adapter, capsys):
     folder, data = adapter
     assert main(["calibrate", folder, "--per-cluster", *data]) == 0
     missed = re.search(r"misses (\S+) of what the adapter adds", capsys.readouterr().out)[1]
-    assert facts_of(folder, capsys)["Calibrated"] == "yes, fit='core', for all prompts and for each of 4 clusters"
+    found = facts_of(folder, capsys)["Calibrated"]
+    assert re.fullmatch(
+        r"for all prompts and for each of 4 clusters, by the fit to (input|core) in \d+ layers.*", found
+    )
     assert f"| Merged | misses {missed} of what the adapter adds" in Path(folder, "README.md").read_text()
     assert not list(Path(folder).glob(".part-*"))
 
@@ -258,7 +262,15 @@ def test_the_commands_are_listed(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     printed = capsys.readouterr().out
-    assert re.findall(r"^    ([a-z-]+)(?: |$)", printed, re.M) == COMMANDS
+    assert re.findall(r"^    ([a-z-]+)(?: |$)", printed, re.M) == ALL
+
+
+def test_the_router_is_handed_its_arguments(capsys):
+    pytest.importorskip("httpx")
+    pytest.importorskip("uvicorn")
+    with pytest.raises(SystemExit) as ended:
+        main(["serve-router", "nowhere", "--upstream", "http://127.0.0.1:9"])
+    assert "nowhere" in str(ended.value.code)
 
 
 @pytest.mark.parametrize("arguments", [[], ["unknown"], ["report", "adapter"], ["info", "a", "--batch-size", "0"]])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from release_check import git, problems
 
 import peft_trex
 
@@ -86,3 +87,34 @@ def test_links_lead_somewhere_from_anywhere():
 @pytest.mark.parametrize("name", ["Homepage", "Source", "Issues", "Changelog"])
 def test_the_project_says_where_it_lives(name):
     assert re.search(rf'^{name} = "https://github.com/peft-trex/peft-trex', PYPROJECT, re.M)
+
+
+def test_a_release_is_checked(tmp_path):
+    """Each thing that stands in the way is told, and nothing else."""
+
+    def write(version, heading):
+        (tmp_path / "src/peft_trex").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "src/peft_trex/version.py").write_text(f'VERSION = "{version}"\n')
+        (tmp_path / "CHANGELOG.md").write_text(f"# Changelog\n\n## {heading}\n\n## 0.0.1 (2026-01-01)\n")
+
+    def commit():
+        author = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        git(tmp_path, "add", "-A")
+        git(tmp_path, *author, "commit", "-q", "-m", "one")
+
+    git(tmp_path, "init", "-q")
+    write("0.2.0", "0.2.0 (unreleased)")
+    assert len(problems(tmp_path)) == 2
+    commit()
+    [heading] = problems(tmp_path)
+    assert "'## 0.2.0 (unreleased)'" in heading
+    write("0.2.0", "0.2.0 (2026-12-01)")
+    commit()
+    assert problems(tmp_path) == []
+    git(tmp_path, "tag", "v0.10.0")
+    git(tmp_path, "tag", "v0.9.0")
+    [version] = problems(tmp_path)
+    assert "v0.10.0 is tagged already" in version
+    write("0.10.1", "0.10.1 (2026-12-02)")
+    commit()
+    assert problems(tmp_path) == []

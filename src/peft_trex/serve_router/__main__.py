@@ -9,7 +9,7 @@ with one `--lora NAME.gguf` for each (`--llama-cpp`). Needs httpx and uvicorn, n
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -58,7 +58,7 @@ def application(arguments: argparse.Namespace) -> TRexMiddleware:
     return TRexMiddleware(upstream, routing)
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m peft_trex.serve_router",
         description=__doc__,
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--adapter-names", default="{}", help="the server's model for an adapter, such as 'BASE:{}'")
     parser.add_argument("--llama-cpp", action="store_true", help="the server is llama.cpp's: adapters are numbers")
     parser.add_argument("--max-bytes", type=int, default=MOST_BYTES, help="the longest body that is read")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     try:
         app = application(arguments)
     except (OSError, ValueError, httpx.HTTPError) as error:
