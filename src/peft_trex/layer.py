@@ -260,6 +260,8 @@ class Linear(nn.Module, TRexLayer):
         base_layer: Any = self._modules["base_layer"]
         if self._disable_adapters or self.merged_adapters:
             return base_layer(x, *args, **kwargs)
+        if self._channel.running.rows is not None:
+            return self._forward_by_row(x, base_layer(x, *args, **kwargs))
         # A simple layer waits: the first adapter may make both products together.
         waits = not args and not kwargs and separable(base_layer)
         base = Base(x, base_layer) if waits else Base(x, None, base_layer(x, *args, **kwargs))
@@ -268,6 +270,19 @@ class Linear(nn.Module, TRexLayer):
             if name in self.trex_fused:
                 base = Base(x, None, self._add_adapter(name, base))
         return base.compute()
+
+    def _forward_by_row(self, x: Tensor, output: Tensor) -> Tensor:
+        """The base layer's output with what the adapter of each row adds to that row."""
+        channel = self._channel
+        rows, state = channel.running.rows, channel.running.state
+        if state is None:
+            raise ValueError("adapter_names needs a forward of the model itself, which tells the rows of its layers.")
+        axis = int(self.order is not None and self.order.is_turned(x, state.rows))
+        for name, places, own in rows.parts(state, x, axis):
+            if name in self.trex_fused and len(places):
+                base = Base(x.index_select(axis, places), None, output.index_select(axis, places))
+                output = output.index_copy(axis, places, channel.run(own, self._add_adapter, name, base))
+        return output
 
     def __repr__(self) -> str:
         return "trex." + super().__repr__()

@@ -18,10 +18,11 @@ from .config import TRexConfig
 from .keys import for_model, for_peft
 from .layer import APPROXIMATE, Linear, TRexLayer
 from .loading import PREFIX, STATIC, check_shapes, check_tensors, check_values, newer_writer, shapes_of, split_static
-from .prior.adapters import find_embedding
+from .prior.adapters import find_embedding, is_trex
 from .prior.hooks import PromptWatch
 from .prior.priors import Priors
 from .prior.reach import modules_outside, tell_layers
+from .prior.rows import RowAdapters, running_by_row
 from .prior.semantic_prior import SemanticPrior
 from .quantized import check_mergeable, former_weights, keep_trainable, release
 from .room import Room
@@ -243,9 +244,17 @@ class TRexModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         # PEFT drops this argument for methods that do not know it, and would run every row with the active adapter.
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError("T-REX has no adapter_names, one for each row; use set_adapter and one call for each.")
-        yield
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names, one for each row, is for inference; call eval() first.")
+        if any(layer.merged for _, layer in self.trex_layers()):
+            raise ValueError("adapter_names was given while adapters are merged; call unmerge_adapter() first.")
+        known = [name for name, config in self.peft_config.items() if is_trex(config)]
+        with running_by_row(self.prompts.channel.running, RowAdapters.of(names, known), self.model):
+            yield
 
     @classmethod
     def _get_adapter_state_dict(

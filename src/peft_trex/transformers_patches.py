@@ -56,7 +56,7 @@ def _load_adapter(original: Method, model: Any, *args: Any, **kwargs: Any) -> An
     numbers = 0
     if check_config(folder):
         # PEFT's own class, which transformers asks for it, does not look at the weights beside it.
-        numbers = getattr(TRexConfig.from_pretrained(folder), NUMBERS)
+        numbers = getattr(TRexConfig.from_pretrained(folder), NUMBERS, 0)
     before, read = Snapshot(model), getattr(model, "_load_pretrained_model", None)
     # Before transformers 5, PEFT reads the tensors anyway.
     if read is not None:

@@ -426,12 +426,6 @@ def test_refuses_other_layers_by_name(module):
         get_peft_model(base, TRexConfig(target_modules=["odd"], use_prior=False))
 
 
-def test_adapter_names_are_refused():
-    model = adapted()
-    with pytest.raises(ValueError, match="adapter_names"):
-        model(input_ids=prompts(2), adapter_names=["default", "default"])
-
-
 def test_prior_is_saved_once():
     state = get_peft_model_state_dict(adapted())
     assert [key for key in state if "trex_prior" in key and "centroids" in key] == ["base_model.trex_prior.centroids"]

@@ -26,11 +26,13 @@ class Adapters:
         base: the base model, with the adapted layers in it.
         configs: the configuration of each adapter, those of other methods included.
         priors: the prior of each adapter that has one.
+        now: what runs now, as the channel knows it; a call may name the adapters of its rows.
     """
 
     base: nn.Module
     configs: dict[str, Any]
     priors: nn.ModuleDict
+    now: Any = None
 
     def config_of(self, name: str) -> Any:
         """The configuration of an adapter; a ValueError if it is none of T-REX."""
@@ -56,7 +58,12 @@ class Adapters:
         return {name: layer for name, layer in self.layers() if adapter_name in layer.trex_A}
 
     def active(self) -> list[str]:
-        """The active adapters. Every layer knows them, whoever has set them, and whether or not it has them."""
+        """The active adapters. Every layer knows them, whoever has set them, and whether or not it has them.
+
+        In a call that names one for each row, they are those.
+        """
+        if self.now is not None and self.now.rows is not None:
+            return self.now.rows.adapters
         for _, layer in self.layers():
             return [name for name in layer.active_adapters if self._is_trex(name, layer)]
         return []

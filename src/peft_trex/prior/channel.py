@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .history import History
 from .order import Order
+from .rows import RowAdapters
 from .state import ForwardState, Generation, Override
 
 
@@ -48,7 +49,8 @@ class _Running(threading.local):
 
     `state` is what layers read, that of the innermost forward in `frame`; `generation` is the generate call around it.
     `hidden` is what an attention with relative positions was called with, while it runs. `blocks` are those of
-    `steer_trex` that were entered in this thread, for compiled forwards, which cannot read a context variable.
+    `steer_trex` that were entered in this thread, for compiled forwards, which cannot read a context variable. `rows`
+    are the adapters of the rows, where a call names one for each.
     """
 
     def __init__(self) -> None:
@@ -58,6 +60,7 @@ class _Running(threading.local):
         self.generation: Generation | None = None
         self.hidden: tuple[Tensor, ...] = ()
         self.blocks: tuple[Block, ...] = ()
+        self.rows: RowAdapters | None = None
 
     def __deepcopy__(self, memo: Any) -> _Running:
         return _Running()

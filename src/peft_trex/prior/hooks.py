@@ -131,10 +131,13 @@ class PromptWatch:
         self.first_step.forward(module)
         names = self.adapters.running()
         override, coefficients = self._override(chosen, names), self.losses.coefficients(module)
-        if not (names or coefficients):
+        rows = self.channel.running.rows
+        if not (names or coefficients or rows):
             return args, kwargs
         named = dict(zip(names_of, args, strict=False))
         inputs = Inputs.of({**named, **kwargs, COMPLETION: completion_mask})
+        if rows is not None and outer is None:
+            rows.check(inputs.rows)
         frame = Frame(module, ForwardState({}, inputs.rows, inputs.lengths), outer=outer)
         frame.tokens = inputs.ids.numel() if isinstance(inputs.ids, Tensor) else None
         frame.caches = inputs.caches
@@ -209,9 +212,14 @@ class PromptWatch:
         override = self._override(chosen, names)
         running, generate = self.channel.running, self._wrapped["generate"][0]
         outer, frame, state = running.generation, running.frame, running.state
-        if not names:
+        if not (names or running.rows):
             return generate(*args, **kwargs)
         inputs = self._inputs_of_generate(args, kwargs, embeds)
+        if running.rows is not None:
+            # The caller of this method takes the names of the rows away again.
+            running.rows = running.rows.for_generate(inputs.rows)
+        if not names:
+            return generate(*args, **kwargs)
         attended = None if kwargs.get("attention_mask") is not None else attended_before(inputs)
         if attended is not None:
             inputs = replace(inputs, mask=attended)

@@ -32,7 +32,8 @@ class Priors(nn.ModuleDict):
 
     def __init__(self, base: nn.Module, configs: dict[str, Any]) -> None:
         super().__init__()
-        self.prompts = PromptWatch(Adapters(base, configs, self), PriorChannel(self))
+        channel = PriorChannel(self)
+        self.prompts = PromptWatch(Adapters(base, configs, self, channel.running), channel)
         self.card_notes: dict[str, dict[str, Any]] = {}
 
     @staticmethod
