@@ -397,3 +397,10 @@ def test_several_sequences_of_a_prompt_go_on_from_their_cache():
     half = more(ids, 4, num_return_sequences=2)
     rest = more(half.sequences, 4, past_key_values=half.past_key_values)
     assert torch.equal(rest.sequences, whole)
+
+
+def test_a_generate_call_that_its_caches_rows_do_not_fit_is_refused():
+    model = adapted()
+    cache = model(input_ids=prompts(2), use_cache=True)[CACHE]
+    with pytest.raises(ValueError, match=r"called with 3 rows, but the prior was computed for 2 prompts"):
+        model.generate(prompts(3, length=12), past_key_values=cache, max_new_tokens=2)

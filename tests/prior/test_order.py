@@ -104,6 +104,18 @@ def test_a_first_batch_that_does_not_tell_is_refused(name):
     assert_rows_are_as_alone(model, square)
 
 
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}, {"num_beams": 2, "use_cache": False}], ids=str)
+@pytest.mark.parametrize("name", ["led", "fsmt"])
+def test_a_row_is_generated_as_alone(name, settings):
+    """FSMT's encoder, which generate runs by itself, is no model of its own."""
+    model, ids = turned(name), prompts(3, length=8, seed=3)
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, **settings}
+    together = model.generate(input_ids=ids, **settings)
+    for row, new in zip(ids, together, strict=True):
+        assert torch.equal(model.generate(input_ids=row[None], **settings)[0], new)
+    assert not torch.equal(model.generate(input_ids=ids, semantic_prior=1, **settings), together)
+
+
 def test_training_reaches_all_of_the_adapter():
     model = turned("xlnet").train()
     model(**batch_of("xlnet", 4, 8), labels=torch.tensor([0, 1, 0, 1])).loss.backward()

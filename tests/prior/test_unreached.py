@@ -139,6 +139,7 @@ def test_a_model_that_hears_has_no_prompt_of_tokens():
     sides = {"layers": 1, "attention_heads": 4, "ffn_dim": 48}
     sizes = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in sides.items()}
     config = WhisperConfig(**sizes, vocab_size=64, d_model=32, num_mel_bins=8, max_source_positions=20, pad_token_id=0)
+    config.decoder_start_token_id = 1
     model = get_peft_model(WhisperForConditionalGeneration(config), TRexConfig(**SMALL))
     assert model.base_model.prior_of("default") is None
     assert all(bool(layer.trex_router["default"].any()) for _, layer in model.base_model.trex_layers())

@@ -33,10 +33,11 @@ CHECKPOINT = "_gradient_checkpointing_func"
 class PromptWatch:
     """Computes the prior of each forward from its prompt, and opens the channel to the layers for as long as it runs.
 
-    Its hooks sit on the base model and on every `PreTrainedModel` in it, and the outermost of a call counts: some
-    callers run the backbone, and `generate` runs an encoder, without the model around it. So they see each call,
-    whether or not `PeftModel` passes it through the tuner. `generate` itself is wrapped as well, because it calls the
-    model with ever more than the prompt, and refuses arguments that the base model's forward does not name.
+    Its hooks sit on the base model, its encoder and decoder, and every `PreTrainedModel` in it, and the outermost of a
+    call counts: some callers run the backbone, and `generate` runs an encoder, without the model around it. So they
+    see each call, whether or not `PeftModel` passes it through the tuner. `generate` itself is wrapped as well,
+    because it calls the model with ever more than the prompt, and refuses arguments that the base model's forward
+    does not name.
 
     Args:
         adapters: the model's.
@@ -69,8 +70,10 @@ class PromptWatch:
         """Start to watch the base model; the handles of other hooks leave with its own."""
         base: Any = self.adapters.base
         self._handles = [*handles, *PositionWatch(self.channel).attach(base)]
+        # FSMT's halves are plain modules, and generate runs the encoder by itself.
+        watched = {base, *((base.get_encoder(), base.get_decoder()) if self.adapters.two_sided else ())}
         for module in base.modules():
-            if module is base or isinstance(module, PreTrainedModel):
+            if module in watched or isinstance(module, PreTrainedModel):
                 self._handles += [
                     module.register_forward_pre_hook(self.open, with_kwargs=True),
                     module.register_forward_hook(self._close_unguarded, always_call=True),
@@ -78,11 +81,11 @@ class PromptWatch:
                 self._guards.append(Guard(self, module))
             if hasattr(module, "gradient_checkpointing"):
                 self._checkpointed.append(module)
-        for name, watched in (("generate", self._generate), ("generate_batch", self._generate_batch)):
+        for name, ours in (("generate", self._generate), ("generate_batch", self._generate_batch)):
             method = getattr(base, name, None)
             if callable(method):
                 self._wrapped[name] = (method, name in vars(base))
-                setattr(base, name, watched)
+                setattr(base, name, ours)
 
     def detach(self) -> None:
         """Leave the base model as it was."""
