@@ -156,7 +156,7 @@ class _Recorder(Attended):
         return None
 
     def _before(self, sums: LayerSums, layer: Any, args: tuple[Tensor, ...]) -> None:
-        x = args[0]
+        x = layer.tokens_of(args[0])
         kept, prompts = self.kept(x, layer), self._prompts_of(x, layer)
         sums.kept = kept
         if prompts is not None:
@@ -168,6 +168,7 @@ class _Recorder(Attended):
 
     def _after_base(self, sums: LayerSums, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if sums.kept is not None:
+            output = sums.layer.outputs_of(output)
             sums.base += output[sums.kept.to(output.device)].float().square().sum().to(sums.base)
             sums.kept = None
 
