@@ -52,8 +52,9 @@ def test_two_forwards_tell_the_slope(form):
         generator = torch.Generator().manual_seed(seed)
         directions = [torch.randn(one.shape, generator=generator, dtype=one.dtype) for one in parameters]
         expected = sum(float((g * d).sum()) for g, d in zip(gradients, directions, strict=True))
-        # The omega and gate logits are taken times 100, so that the distance is short.
-        assert slope(model, batch, seed, 1e-6) == pytest.approx(expected, rel=1e-3, abs=1e-4)
+        # Norms and attention are in float32, which a shorter distance would feel. A longer one would feel the bend of
+        # omega and the gate, whose logits are taken times 100.
+        assert slope(model, batch, seed, 1e-4) == pytest.approx(expected, rel=0.02, abs=0.05)
 
 
 def test_the_loss_falls_without_a_gradient():
