@@ -123,24 +123,37 @@ class TRexLayer(TRexParameters):
             prior = self._prior(adapter_name, None if scores is None else scores[None].to(experts.A.device))
         return mean_core(experts, prior, self.trex_settings[adapter_name])
 
+    def tokens_of(self, x: Tensor) -> Tensor:
+        """The tokens (..., D_in) in an input of the layer; a convolution's are what lies under its kernel."""
+        return x
+
+    def outputs_of(self, y: Tensor) -> Tensor:
+        """The output (..., D_out) of each token in an output of the layer."""
+        return y
+
+    def as_lora(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """Static factors, down (r, D_in) and up (D_out, r), in the shapes of a LoRA on the layer."""
+        return down, up
+
     def expert_weights(self, x: Tensor, adapter_name: str = "default") -> Tensor:
-        """Weight of every expert, before the output gate, for the layer's input `x` (..., D_in): (..., E).
+        """Weight of every expert, before the output gate, for the layer's input `x`, of [`tokens_of`] (..., E).
 
         It can be called within a forward of the model only, from a hook for instance, since the prior belongs to it.
         """
         experts = self.experts_of(adapter_name)
         shared = self.takes_positions and self._channel.is_position(x)
-        x = self._cast_input_dtype(x, experts.A.dtype)
+        x = self._cast_input_dtype(self.tokens_of(x), experts.A.dtype)
         logits = None if experts.router is None else router_logits(x, experts.router, experts.router_down)
         prior = self._prior_for(adapter_name, x, experts, shared)
         weights = weigh_experts(x, logits, prior, experts.omega, self.trex_settings[adapter_name])
         return weights.expand(*x.shape[:-1], weights.shape[-1])
 
     def cluster_of(self, x: Tensor, adapter_name: str = "default") -> Tensor:
-        """The cluster in [0, K) of each token's prompt, K where that has no token: (...) for an input (..., D_in).
+        """The cluster in [0, K) of each token's prompt, K where that has no token: (...) for [`tokens_of`] the input.
 
         It can be called where `expert_weights` can; the adapter's prior must be fitted.
         """
+        x = self.tokens_of(x)
         scores = self.scores_of(adapter_name, x)
         assert scores is not None
         clusters = torch.where(scores.any(-1), scores.argmax(-1), scores.shape[-1])
@@ -152,6 +165,9 @@ class TRexLayer(TRexParameters):
         if experts.A.is_meta and hasattr(self.trex_A, "_hf_hook"):
             with self._onloaded():
                 return self._add_adapter(adapter_name, base)
+        return self._add(adapter_name, base, experts)
+
+    def _add(self, adapter_name: str, base: Base, experts: Experts) -> Tensor:
         x, settings, fused = base.x, self.trex_settings[adapter_name], self.trex_fused[adapter_name]
         dtype = experts.A.dtype
         # The fast path takes a bfloat16 input beside float32 adapters as it is, without a copy in float32.

@@ -70,10 +70,10 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     Float16 ends at 65504. token_scale times a feature, or a gradient within the mixture, may lie beyond where the
     output and its gradients do not.
     """
-    return _WideProduct.apply(x, weight) if _is_narrow(weight) else F.linear(x, weight)
+    return _WideProduct.apply(x, weight) if is_narrow(weight) else F.linear(x, weight)
 
 
-def _is_narrow(weight: Tensor) -> bool:
+def is_narrow(weight: Tensor) -> bool:
     """Whether products with the weight are in float16, by its own dtype or by autocast's."""
     device = weight.device.type
     if device in AUTOCAST and torch.is_autocast_enabled(device):
@@ -87,18 +87,19 @@ class _WideProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        with _no_autocast(x):
+        with no_autocast(x):
             return F.linear(x.float(), weight.float())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        with _no_autocast(x):
+        with no_autocast(x):
             rows, tokens = grad.float().reshape(-1, len(weight)), x.float().reshape(-1, x.shape[-1])
             return (grad.float() @ weight.float()).to(x.dtype), (rows.T @ tokens).to(weight.dtype)
 
 
-def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A block in which operations on the device of x are in the dtypes that they are given."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if device in AUTOCAST else nullcontext()
 
@@ -171,7 +172,7 @@ def apply_experts(x: Tensor, experts: Experts, prior: Tensor | None, settings: S
     a = product(x, experts.A)
     logits = None if experts.router is None else router_logits(x, experts.router, experts.router_down)
     y = mixture_of(a, logits, experts, prior, settings)
-    return y.to(torch.float16) if _is_narrow(experts.B) else y
+    return y.to(torch.float16) if is_narrow(experts.B) else y
 
 
 def rank_one_mixture(

@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from peft.config import PeftConfig
 from peft.peft_model import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .config import TRexConfig
+from .convolution import layer_for
 from .keys import for_model, for_peft
-from .layer import APPROXIMATE, Linear, TRexLayer
+from .layer import APPROXIMATE, TRexLayer
 from .loading import PREFIX, STATIC, check_shapes, check_tensors, check_values, newer_writer, shapes_of, split_static
+from .parameters import features_of
 from .prior.adapters import find_embedding, is_trex
 from .prior.hooks import PromptWatch
 from .prior.priors import Priors
@@ -169,14 +171,14 @@ class TRexModel(BaseTuner):
         # PEFT leaves it to each method what takes the place of a target module.
         check_target(target, current_key)
         layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        shapes: Any = shapes_of(peft_config, current_key, *_get_in_out_features(layer))
+        shapes: Any = shapes_of(peft_config, current_key, *features_of(layer))
         # A pruned layer also lists its experts.
         listed = (peft_config.num_experts_of(current_key),) if current_key in peft_config.expert_pattern else (0,)
         self._room.take(current_key, [*shapes.values(), listed])
         if isinstance(target, TRexLayer):
             target.update_layer(adapter_name, peft_config, current_key)
             return
-        new_module = Linear(target, adapter_name, peft_config, self.prompts.channel, current_key)
+        new_module = layer_for(target)(target, adapter_name, peft_config, self.prompts.channel, current_key)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         keep_called(new_module, parent)

@@ -17,11 +17,20 @@ from .loading import shapes_of
 from .mixture import Experts, Settings
 from .prior.channel import PriorChannel
 from .prior.order import Order
+from .unsuited import CONVOLUTIONS
 
 Start = Literal[True, False, "random_router", "zero_router"]
 KINDS = tuple(f"trex_{field}" for field in Experts._fields)
 # The shared core begins as this multiple of the identity, and the map beside it as this share of its usual start.
 CORE_START, MAP_START = 0.5, 0.3
+
+
+def features_of(layer: Any) -> tuple[int, int]:
+    """D_in and D_out of a layer; a token of a convolution is what lies under its kernel."""
+    if isinstance(layer, CONVOLUTIONS):
+        return layer.in_channels * math.prod(layer.kernel_size), layer.out_channels
+    shape: Any = _get_in_out_features(layer)
+    return shape
 
 
 class Kinship(NamedTuple):
@@ -87,8 +96,7 @@ class TRexParameters(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         # A quantised base weight is kept while an adapter is merged into it.
         self._former_weight: dict[str, Any] | None = None
-        shape: Any = _get_in_out_features(self.get_base_layer())
-        self.in_features, self.out_features = shape
+        self.in_features, self.out_features = features_of(self.get_base_layer())
 
     def update_layer(self, adapter_name: str, config: TRexConfig, layer_name: str = "") -> None:
         """Add an adapter, or replace the one of this name; the layer's own name tells which experts it has."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .quantized import scheme_of
-from .unsuited import Reason, unsuited_layers
+from .unsuited import CONVOLUTIONS, Reason, unsuited_layers
 
 # PEFT adds these heads to modules_to_save only after it has looked for linear layers.
 HEADS = {TaskType.TOKEN_CLS: ("classifier", "score"), TaskType.QUESTION_ANS: ("qa_outputs",)}
@@ -39,6 +39,19 @@ for method, pattern in patterns:
     for name in names:
         search(name)
 """
+# Modules that have no place for an adapter, and why.
+REFUSED = {
+    nn.Embedding: (
+        "its input are ids, not vectors, so that a token router would have a column for each of the vocabulary, and "
+        "the prior reads the token embedding as it was. Leave it out with exclude_modules; modules_to_save trains it "
+        "in full"
+    ),
+    nn.MultiheadAttention: (
+        "its forward hands the weights of all its projections to one function, so that what depends on the input has "
+        "no place between them. Leave it out with exclude_modules, or give the model an attention that calls "
+        "linear layers"
+    ),
+}
 # Before transformers 5 put the linear layers of all experts into one parameter, they had these names.
 FORMER_EXPERT_NAMES = {"gate_up_proj": ("gate_proj", "up_proj", "w1", "w3"), "down_proj": ("w2",)}
 
@@ -126,6 +139,8 @@ def _leave_out(config: Any, model: nn.Module, unsuited: Iterable[str]) -> None:
     """Exclude linear layers that must not be adapted."""
     # PEFT trains the heads in full.
     names = {name for name in HEADS.get(config.task_type, ()) if hasattr(model, name)}
+    # No convolution is a linear layer, and all-linear takes none.
+    unsuited = [path for path in unsuited if not isinstance(model.get_submodule(path), CONVOLUTIONS)]
     # The last part of a name stands for all layers with it, where all of them are unsuited.
     kinds = (nn.Linear, Conv1D, BaseTunerLayer)
     linear = [path for path, module in model.named_modules() if isinstance(module, kinds)]
@@ -224,13 +239,41 @@ def _names_a_layer(target: str, model: nn.Module) -> bool:
 
 def check_target(target: nn.Module, path: str) -> None:
     """Raise a ValueError if a module is none that T-REX can adapt."""
-    layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    layer: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    for kind, reason in REFUSED.items():
+        if isinstance(layer, kind):
+            raise ValueError(
+                f"The target module {path} is a {type(layer).__name__}, which T-REX does not adapt: {reason}."
+            )
+    if isinstance(layer, CONVOLUTIONS):
+        _check_convolution(layer, path)
+        return
     plain = isinstance(layer, (nn.Linear, Conv1D)) and layer.weight.is_floating_point()
     if not plain and scheme_of(layer) is None:
         raise ValueError(
-            f"The target module {path} is a {type(layer).__name__}; T-REX adapts torch.nn.Linear and transformers' "
-            "Conv1D with floating-point weights, and quantised layers that PEFT knows. Name such layers in "
-            "target_modules, or leave this one out with exclude_modules."
+            f"The target module {path} is a {type(layer).__name__}; T-REX adapts torch.nn.Linear, Conv1d, Conv2d "
+            "and Conv3d and transformers' Conv1D with floating-point weights, and quantised linear layers that PEFT "
+            "knows. Name such layers in target_modules, or leave this one out with exclude_modules."
+        )
+
+
+def _check_convolution(layer: Any, path: str) -> None:
+    """Raise a ValueError if a convolution is none that T-REX can adapt."""
+    own = any(
+        getattr(type(layer), name, None) not in [getattr(kind, name) for kind in CONVOLUTIONS]
+        for name in ("forward", "_conv_forward")
+    )
+    weight = layer._parameters.get("weight")
+    obstacle = ""
+    if weight is None or not weight.is_floating_point() or scheme_of(layer) is not None:
+        obstacle = "computes its weight from others (weight_norm, for instance), or has it quantised"
+    elif own:
+        obstacle = "has a forward of its own, of which nobody can tell how it uses the kernel"
+    elif layer.groups != 1:
+        obstacle = f"has groups={layer.groups}, which would need experts for each group"
+    if obstacle:
+        raise ValueError(
+            f"The target module {path} is a {type(layer).__name__} that {obstacle}; leave it out with exclude_modules."
         )
 
 

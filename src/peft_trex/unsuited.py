@@ -1,4 +1,4 @@
-"""Linear layers that an adapter cannot be put into: it would be passed by in silence, or break the forward."""
+"""Layers that an adapter cannot be put into: it would be passed by in silence, or break the forward."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ WEIGHT_HANDED = re.compile(r"(?:[(=]|, )self\.(\w+)\.weight(?=[,)])")
 WEIGHT_MULTIPLIED = re.compile(r"(?<=@ )self\.(\w+)\.weight\b(?!\.)|\bself\.(\w+)\.weight(?= @)")
 # These functions take a weight, but compute nothing with it.
 QUESTION = re.compile(r"\b(?:isinstance|hasattr|getattr|type|id|len)\(self\.\w+\.weight\b")
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # A layer is tried with so many tokens. A prime number is no multiple of the groups that a grouped layer expects.
 TOKENS = 7
 
@@ -33,13 +34,13 @@ class Reason(NamedTuple):
 
 
 def unsuited_layers(model: nn.Module) -> dict[str, Reason]:
-    """The linear layers of a model that no adapter should go into, by their names."""
+    """The linear layers and convolutions of a model that no adapter should go into, by their names."""
     reasons: dict[str, Reason] = {}
     read = {kind: bypassed(kind) for kind in {type(module) for module in model.modules()}}
     for path, module in model.named_modules():
         for name, always in read[type(module)].items():
             layer = getattr(module, name, None)
-            if isinstance(layer, (nn.Linear, BaseTunerLayer)):
+            if isinstance(layer, (nn.Linear, *CONVOLUTIONS, BaseTunerLayer)):
                 reasons[f"{path}.{name}".removeprefix(".")] = Reason(READ.format(type(module).__name__), always)
         if isinstance(module, nn.Linear) and not isinstance(module, BaseTunerLayer) and not _is_linear(module):
             reasons[path] = Reason(WIDE.format(type(module).__name__, module.in_features, module.out_features), True)

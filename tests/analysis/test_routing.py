@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import sys
 import weakref
 from types import SimpleNamespace
@@ -34,7 +35,7 @@ from peft_trex import (
     routing_report,
 )
 from peft_trex.analysis import callback
-from peft_trex.analysis.figures import group_changes, kinds_of
+from peft_trex.analysis.figures import group_changes, kinds_of, layers_before
 from peft_trex.analysis.routing import routing_parts
 from peft_trex.fast.base import Base
 
@@ -120,6 +121,10 @@ def _close(found, expected, tolerance=1e-6):
     )
 
 
+def _margins(joint):
+    return joint.sum(0), joint.sum(1), joint.flatten()
+
+
 @pytest.mark.filterwarnings("ignore:The semantic prior of the adapter")
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_each_layer_as_measured(variant):
@@ -146,6 +151,14 @@ def test_each_layer_as_measured(variant):
             cores = weights.unflatten(-1, (len(layer.input_contribution), -1))
             values = torch.linalg.svdvals(cores).square()
             _close(layer.core_rank, (values.sum(-1).square() / values.square().sum(-1).clamp(min=1e-30)).mean())
+        before = re.sub(r"\.(\d+)\.", lambda number: f".{int(number[1]) - 1}.", name, count=1)
+        if before not in measured:
+            assert layer.affinity is None and ".0." in name
+        else:
+            earlier = measured[before]["weights"]
+            joint = (earlier.abs() / earlier.abs().sum(-1, keepdim=True).clamp(min=1e-30)).T @ shares
+            entropies = [torch.distributions.Categorical(probs=p.clamp(min=1e-300)).entropy() for p in _margins(joint)]
+            _close(layer.affinity, entropies[0] + entropies[1] - entropies[2] if joint.any() else torch.zeros(()))
         omega = torch.sigmoid(100 * adapter.trex_omega["default"].detach())
         assert layer.omega == pytest.approx(float(omega))
         assert layer.gate == pytest.approx(float(torch.sigmoid(100 * adapter.trex_gate["default"].detach())))
@@ -445,6 +458,7 @@ def test_a_report_in_words_names_what_stands_out_and_stays_short(deep):
         f"| `{kind}_proj`" for kind in ("q", "k", "v", "o", "gate", "up", "down")
     ]
     columns = next(line for line in text.splitlines() if line.startswith("| layers")).split(" | ")
+    assert columns[-3] == "nats from the block before"
     assert columns[-2:] == ["nats about the group", "variance between groups |"]
     assert {len(line.split(" | ")) for line in table} == {len(columns)}
     assert "layers that add most: `model.layers.11.self_attn.v_proj`" in text
@@ -461,6 +475,21 @@ def test_kinds_of_layers_keep_what_tells_them_apart():
         "decoder.block.q": {0: "decoder.block.0.q", 1: "decoder.block.1.q"},
         "head": {0: "head"},
     }
+
+
+def test_a_layer_is_compared_with_its_kind_in_the_nearest_block_before():
+    names = ["h.2.q", "h.0.q", "h.10.q", "h.0.v", "enc.h.1.q", "head"]
+    assert layers_before(names) == {"h.2.q": "h.0.q", "h.10.q": "h.2.q"}
+
+
+def test_flattened_tokens_are_not_taken_for_the_same():
+    model = exact_model()
+    for block in model.base_model.model.model.layers:
+        block.mlp.forward = lambda x, run=block.mlp.forward: run(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+    layers = _report(model, batches(16)).layers
+    assert layers["model.layers.1.mlp.up_proj"].tokens == layers["model.layers.1.self_attn.q_proj"].tokens
+    assert layers["model.layers.1.mlp.up_proj"].affinity is None
+    assert layers["model.layers.1.self_attn.q_proj"].affinity > 1e-6
 
 
 def test_groups_are_compared_over_the_layers_of_the_commonest_size():
@@ -490,7 +519,7 @@ def test_a_report_as_a_picture(deep, tmp_path):
     picture = (tmp_path / "report.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     width, height = (int.from_bytes(picture[start : start + 4], "big") for start in (16, 20))
-    # 9 maps of 7 kinds by 30 blocks, 7 of the experts' load, two of the groups: cells of at least four pixels
+    # 10 maps of 7 kinds by 30 blocks, 7 of the experts' load, two of the groups: cells of at least four pixels
     assert width >= 2 * 30 * 10 and height >= 5 * 7 * 15 + 4 * 100
 
 

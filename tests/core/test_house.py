@@ -23,7 +23,7 @@ FLOORS = [
         *("card", "checks", "config", "keys", "loading", "room", "saved_rows", "targets", "words"),
         *("registration", "peft_patches", "transformers_patches"),
     },
-    {"parameters", "layer"},
+    {"convolution", "layer", "parameters"},
     {"model"},
     {"data_pass", "notes", "steer"},
     {"fit"},

@@ -416,7 +416,7 @@ def test_deepcopy_is_a_model_of_its_own():
 
 @pytest.mark.parametrize(
     "module",
-    [nn.Embedding(5, 3), nn.Conv2d(3, 3, 1), nn.LSTM(3, 3)],
+    [nn.Embedding(5, 3), nn.ConvTranspose2d(3, 3, 1), nn.LSTM(3, 3), nn.MultiheadAttention(4, 2)],
     ids=lambda module: type(module).__name__,
 )
 def test_refuses_other_layers_by_name(module):

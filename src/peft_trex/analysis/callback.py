@@ -74,7 +74,8 @@ class TRexRoutingCallback(TrainerCallback):
 
         @torch.no_grad()
         def watch(layer: Any, args: tuple[Tensor, ...]) -> None:
-            p, by_token, by_prior = routing_parts(layer, self.adapter_name, args[0], attended.kept(args[0], layer))
+            x = layer.tokens_of(args[0])
+            p, by_token, by_prior = routing_parts(layer, self.adapter_name, x, attended.kept(x, layer))
             share = by_token.abs().sum(-1) / (by_token.abs() + by_prior.abs()).sum(-1).clamp(min=1e-30)
             used = used_experts(shares_of(by_token + by_prior).mean(0)) / p.shape[-1]
             # The entropy of a single expert is zero, and so is log 1.

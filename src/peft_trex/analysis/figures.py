@@ -6,12 +6,13 @@ Axis legend: E experts, r_a input and r_b output vectors.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+Layer = TypeVar("Layer")
 # A gate below this value is shut: it lets nothing of note through.
 SHUT = 1e-3
 # An expert is dead if it adds less than this share of the energy that the mean expert of its layer adds.
@@ -45,6 +46,9 @@ class LayerRouting:
         group_load: `load` over the tokens of each group.
         mutual_information: what an expert drawn by its weight says about the group of its token, in nats.
         group_share: share of the variance of a prompt's mean weights that lies between the groups, in [0, 1].
+        affinity: how well a token's experts in the same kind of layer one block before tell those here: the mutual
+            information, in nats, of an expert drawn there by its weight and one drawn here. 0 tells nothing. None in
+            the first block, and where the two layers do not get the same rows of tokens.
         tokens: how many were seen.
         moments: (E, E), the mean of p p^T for the tokens' experts `p_ij = a_i G_ij`, for [`prune_trex`]; `to_dict`
             leaves it out.
@@ -68,6 +72,7 @@ class LayerRouting:
     group_load: dict[str, tuple[float, ...]]
     mutual_information: float | None
     group_share: float | None
+    affinity: float | None
     tokens: int
     moments: np.ndarray = field(repr=False, compare=False)
 
@@ -76,22 +81,31 @@ class LayerRouting:
         return {name: value for name, value in vars(self).items() if name != "moments"}
 
 
-def kinds_of(layers: Mapping[str, LayerRouting]) -> dict[str, dict[int, LayerRouting]]:
+def kinds_of(layers: Mapping[str, Layer]) -> dict[str, dict[int, Layer]]:
     """The layers by kind and block: `model.layers.3.mlp.up_proj` is an `up_proj` in block 3.
 
     A kind keeps as many parts of the name as tell the kinds apart.
     """
-    kinds: dict[str, dict[int, LayerRouting]] = {}
+    kinds: dict[str, dict[int, Layer]] = {}
     for name, layer in layers.items():
         match = re.match(r"(.*?)\.(\d+)\.(.+)$", name)
         kind, block = (f"{match[1]}.{match[3]}", int(match[2])) if match else (name, 0)
         kinds.setdefault(kind, {})[block] = layer
-    short: dict[str, dict[int, LayerRouting]] = {}
+    short: dict[str, dict[int, Layer]] = {}
     parts = 0
     while len(short) < len(kinds):
         parts += 1
         short = {".".join(kind.split(".")[-parts:]): blocks for kind, blocks in kinds.items()}
     return short
+
+
+def layers_before(names: Iterable[str]) -> dict[str, str]:
+    """For each layer, by name, the one of its kind in the nearest block before; none for those of a first block."""
+    before: dict[str, str] = {}
+    for blocks in kinds_of({name: name for name in names}).values():
+        order = [blocks[block] for block in sorted(blocks)]
+        before.update(zip(order[1:], order, strict=False))
+    return before
 
 
 def group_changes(

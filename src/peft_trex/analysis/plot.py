@@ -112,6 +112,7 @@ def _layer_maps(grid: Grid) -> list[_Map]:
     dead = of(lambda layer: len(layer.dead) / len(layer.load))
     used = of(lambda layer: layer.used_experts / len(layer.load))
     rank, nats = of(lambda layer: layer.core_rank), of(lambda layer: layer.mutual_information)
+    affinity = of(lambda layer: layer.affinity)
     maps = [
         _Map("omega: router (1) against prior (0)", of(lambda layer: layer.omega), 0.0, 1.0, "RdBu_r"),
         _Map("gate", of(lambda layer: layer.gate), 0.0, 1.0, "viridis"),
@@ -122,6 +123,7 @@ def _layer_maps(grid: Grid) -> list[_Map]:
         _Map("rank of what the weights mix", rank, 1.0, np.nanmax(rank, initial=1.5), "viridis"),
         _Map("dead experts, share of E", dead, 0.0, 1.0, "magma"),
         _Map("what an expert tells about the group, nats", nats, 0.0, np.nanmax(nats, initial=1e-3), "magma"),
+        _Map("what the block before tells, nats", affinity, 0.0, np.nanmax(affinity, initial=1e-3), "magma"),
     ]
     return [heatmap._replace(rows=list(grid)) for heatmap in maps if not np.isnan(heatmap.values).all()]
 

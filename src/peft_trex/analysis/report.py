@@ -29,6 +29,7 @@ COLUMNS = {
     "all tokens' experts": ("used_experts", ".1f"),
     "router's share": ("token_share", ".2f"),
     "core rank": ("core_rank", ".2f"),
+    "nats from the block before": ("affinity", ".3f"),
 }
 GROUP_COLUMNS = {
     "nats about the group": ("mutual_information", ".3f"),

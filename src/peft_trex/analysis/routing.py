@@ -21,6 +21,7 @@ from ..mixture import router_logits, weigh_experts
 from ..model import TRexModel, find_peft_model, find_tuner
 from ..prior.inputs import Inputs
 from ..undo import Undone
+from .figures import layers_before
 from .report import RoutingReport
 from .statistics import ClusterSums, LayerSums
 
@@ -115,12 +116,16 @@ class _Recorder(Attended):
         self.adapter_name = adapter_name
         self.sums = {name: LayerSums(layer, adapter_name) for name, layer in tuner.layers_of(adapter_name).items()}
         self.clusters = ClusterSums()
+        # The loads of the batch that runs, with their mask, until the layer of the kind in the next block takes them.
+        self.before = layers_before(self.sums)
+        self.loads: dict[str, tuple[Tensor, Tensor]] = {}
 
     def __enter__(self) -> _Recorder:
         super().__enter__()
-        for sums in self.sums.values():
+        self.callback(self.loads.clear)
+        for name, sums in self.sums.items():
             layer = sums.layer
-            self.callback(layer.register_forward_pre_hook(partial(self._before, sums)).remove)
+            self.callback(layer.register_forward_pre_hook(partial(self._before, name, sums)).remove)
             self.callback(layer.base_layer.register_forward_hook(partial(self._after_base, sums)).remove)
         return self
 
@@ -128,6 +133,7 @@ class _Recorder(Attended):
         """Take up a batch, and the labels of its rows, or of its sequences where rows hold several."""
         super().start(inputs)
         self.clusters_counted = False
+        self.loads.clear()
         rows = count = inputs.rows
         self.labels, self.numbers, packed = labels, torch.arange(rows), ""
         prompts = inputs.packed_prompts(rows)
@@ -155,8 +161,8 @@ class _Recorder(Attended):
             return numbers.flatten().repeat_interleave(axes[0] // numbers.numel())
         return None
 
-    def _before(self, sums: LayerSums, layer: Any, args: tuple[Tensor, ...]) -> None:
-        x = args[0]
+    def _before(self, name: str, sums: LayerSums, layer: Any, args: tuple[Tensor, ...]) -> None:
+        x = layer.tokens_of(args[0])
         kept, prompts = self.kept(x, layer), self._prompts_of(x, layer)
         sums.kept = kept
         if prompts is not None:
@@ -164,10 +170,16 @@ class _Recorder(Attended):
             self._count_clusters(layer, x, kept, prompts)
         A = layer.trex_A[self.adapter_name]
         a = F.linear(layer._cast_input_dtype(x, A.dtype), A)[kept]
-        sums.add(a, routing_parts(layer, self.adapter_name, x, kept), prompts, self.labels)
+        load = sums.add(a, routing_parts(layer, self.adapter_name, x, kept), prompts, self.labels)
+        mask, before = self.loads.pop(self.before.get(name, ""), (None, load))
+        # Rows of tokens are the same in both layers; what is flattened may be any choice of them.
+        if mask is not None and kept.dim() > 1 and torch.equal(mask.to(kept.device), kept):
+            sums.pair(before, load)
+        self.loads[name] = kept, load
 
     def _after_base(self, sums: LayerSums, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if sums.kept is not None:
+            output = sums.layer.outputs_of(output)
             sums.base += output[sums.kept.to(output.device)].float().square().sum().to(sums.base)
             sums.kept = None
 

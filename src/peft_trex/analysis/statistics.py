@@ -78,12 +78,14 @@ class LayerSums:
         self.kept: Tensor | None = None
         # The sums over a group's prompts: the load and the mean weights (E,), the tokens and the prompts.
         self.groups: defaultdict[str, Tensor] = defaultdict(lambda: self._zeros(2 * self.experts + 2))
+        # The sum over tokens of the products (E', E) of the loads in the layer before and in this one.
+        self.joint: Tensor | None = None
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=self.device)
 
-    def add(self, a: Tensor, parts: Sequence[Tensor], prompts: Tensor | None, labels: Sequence[str] | None) -> None:
-        """Add tokens by their features `a = A x` (N, r_a) and their `routing_parts` (N, E).
+    def add(self, a: Tensor, parts: Sequence[Tensor], prompts: Tensor | None, labels: Sequence[str] | None) -> Tensor:
+        """Add tokens by their features `a = A x` (N, r_a) and their `routing_parts` (N, E); give their loads (N, E).
 
         Prompts are compared if the number (N,) of each token's prompt and the labels of all prompts are given.
         """
@@ -106,7 +108,7 @@ class LayerSums:
         self.load += load.sum(0)
         self.moments += added.T @ added
         if prompts is None or labels is None:
-            return
+            return load
         loads, weights, tokens = (
             self._zeros(len(labels), values.shape[1]).index_add_(0, prompts.to(self.device), values)
             for values in (load, G, torch.ones_like(G[:, :1]))
@@ -116,6 +118,12 @@ class LayerSums:
         sums = torch.cat((loads, weights, tokens, torch.ones_like(tokens)), 1)
         for number in torch.nonzero(tokens[:, 0]).flatten().tolist():
             self.groups[labels[number]] += sums[number]
+        return load
+
+    def pair(self, before: Tensor, load: Tensor) -> None:
+        """Add the same tokens' loads in the layer before (N, E') and in this one (N, E)."""
+        product = before.to(load.device).T @ load
+        self.joint = product if self.joint is None else self.joint + product
 
     def prompts(self) -> dict[str, int]:
         """The number of prompts of each group, in alphabetical order."""
@@ -167,6 +175,7 @@ class LayerSums:
             dead=_tuple(torch.nonzero(dead).flatten()),
             duplicates=tuple((first, second) for first, second in pairs),
             **self._group_figures(),
+            affinity=None if self.joint is None else mutual_information(self.joint),
             tokens=self.tokens,
             moments=moments.cpu().numpy(),
         )

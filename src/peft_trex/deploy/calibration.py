@@ -221,14 +221,15 @@ def _gather(model: nn.Module, adapter_name: str, data: Data, sums: _Sums) -> Non
 
     def count(name: str, layer: TRexLayer, args: tuple) -> None:
         A, core = layer.trex_A[adapter_name], sums.cores[name]
-        x, kept = layer._cast_input_dtype(args[0], A.dtype), attended.kept(args[0], layer)
-        clusters = layer.cluster_of(x, adapter_name) if sets > 1 else x.new_zeros(x.shape[:-1], dtype=torch.long)
+        tokens = layer.tokens_of(args[0])
+        x, kept = layer._cast_input_dtype(tokens, A.dtype), attended.kept(tokens, layer)
+        clusters = layer.cluster_of(args[0], adapter_name) if sets > 1 else x.new_zeros(x.shape[:-1], dtype=torch.long)
         where = clusters[kept].to(core.zz.device)
-        rows = sums.inputs.read(name, args[0], x, kept, where) if name in sums.wide else None
+        rows = sums.inputs.read(name, tokens, x, kept, where) if name in sums.wide else None
         if not sets:
             return
         a = F.linear(x, A)
-        m = mix_features(a, layer.expert_weights(x, adapter_name), layer.trex_settings[adapter_name].layout)
+        m = mix_features(a, layer.expert_weights(args[0], adapter_name), layer.trex_settings[adapter_name].layout)
         a, m = (values[kept].to(core.zz.device) for values in (a, m))
         core.add(a, m, where)
         if rows is not None:

@@ -253,8 +253,8 @@ def _lora_tensors(
     tensors = {}
     for name, (down, up) in factors.items():
         dtype, missing = layers[name].trex_A[adapter_name].dtype, rank - len(down)
-        tensors[PREFIX + name + DOWN] = F.pad(down, (0, 0, 0, missing)).to(dtype)
-        tensors[PREFIX + name + UP] = F.pad(up, (0, missing)).to(dtype)
+        down, up = layers[name].as_lora(F.pad(down, (0, 0, 0, missing)), F.pad(up, (0, missing)))
+        tensors[PREFIX + name + DOWN], tensors[PREFIX + name + UP] = down.to(dtype), up.to(dtype)
     # The check comes after the cast: in float16 a large product may have become infinity.
     return _checked(tensors, adapter_name), rank
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..unsuited import CONVOLUTIONS
 from .adapters import Adapters
 from .order import Order, turns_rows
 from .positions import position_layers
@@ -77,7 +78,8 @@ def tell_layers(adapters: Adapters, adapter_name: str, outside: set[nn.Module]) 
         reached = layer not in unreached and attribute not in positions
         layer.set_reach(adapter_name, config, reached)
         layer.takes_positions = attribute in both
-        if layer in turned and layer.order is None:
+        # The first axis of a convolution's input is its rows in any module.
+        if layer in turned and layer.order is None and not isinstance(layer.get_base_layer(), CONVOLUTIONS):
             layer.order = Order()
         if not reached:
             idle.append(name)
