@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_feat
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from .callers import check_caller
 from .config import TRexConfig
 from .keys import for_model, for_peft
 from .layer import APPROXIMATE, Linear, TRexLayer
@@ -237,7 +238,8 @@ class TRexModel(BaseTuner):
                 "adapter's approximation. A base model that is loaded without quantisation takes it up without that.",
                 stacklevel=2,
             )
-        if not names & set(self.peft_config) <= self.calibrated_adapters():
+        if uncalibrated := names & set(self.peft_config) - self.calibrated_adapters():
+            check_caller(uncalibrated)
             warnings.warn(APPROXIMATE, stacklevel=2)
 
     @contextmanager
