@@ -148,6 +148,7 @@ def _calibrate(model: Any, tokenizer: Any, arguments: argparse.Namespace, per_cl
             per_cluster=per_cluster,
             fit=arguments.fit,
             memory_gb=arguments.memory_gb,
+            distill_steps=arguments.distill_steps or 0,
             max_batches=arguments.max_batches,
             progress=not arguments.quiet,
         )
@@ -246,10 +247,13 @@ def _add_data(part: argparse.ArgumentParser, required: bool, fit: bool = False) 
     """The options of commands that run the model over data."""
     if fit:
         part.add_argument(
-            "--fit", choices=["auto", "core", "input"], default="auto", help="what the static weights read"
+            "--fit", choices=["auto", "core", "leading", "input"], default="auto", help="what the static weights read"
         )
         part.add_argument(
-            "--memory-gb", type=float, default=2.0, metavar="GB", help="for the fit to input (default: 2)"
+            "--memory-gb", type=float, default=2.0, metavar="GB", help="for the fit to the input (default: 2)"
+        )
+        part.add_argument(
+            "--distill-steps", type=_count, metavar="N", help="then train them on the routed model's logits"
         )
     group = part.add_argument_group("data and model", DATA)
     group.add_argument("--data", metavar="FILE", required=required, help="rows like those that it was trained on")

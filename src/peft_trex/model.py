@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from .callers import check_caller
 from .config import TRexConfig
 from .convolution import layer_for
 from .keys import for_model, for_peft
@@ -240,7 +241,8 @@ class TRexModel(BaseTuner):
                 "adapter's approximation. A base model that is loaded without quantisation takes it up without that.",
                 stacklevel=2,
             )
-        if not names & set(self.peft_config) <= self.calibrated_adapters():
+        if uncalibrated := names & set(self.peft_config) - self.calibrated_adapters():
+            check_caller(uncalibrated)
             warnings.warn(APPROXIMATE, stacklevel=2)
 
     @contextmanager

@@ -275,7 +275,7 @@ BLOCK = 3 * INPUT + 6 * SHARED + 48**2 * 8 + 3 * 48 * 8
 def test_layers_that_read_the_same_tensor_share_its_moments(monkeypatch):
     seen, model = _watched(monkeypatch), exact_model()
     calibrate_trex_merge(model, batches(), fit="input", per_cluster=True, progress=False)
-    shared, moments = _statics(model), {name: wide.zz for name, (_, wide) in seen}
+    shared, moments = _statics(model), {name: wide.moments.zz for name, (_, wide) in seen}
     for block in range(2):
         at = f"model.layers.{block}."
         q, k, v, o = (moments[f"{at}self_attn.{name}_proj"] for name in "qkvo")
@@ -285,7 +285,7 @@ def test_layers_that_read_the_same_tensor_share_its_moments(monkeypatch):
     for layer in _layers(model).values():
         layer.register_forward_pre_hook(lambda layer, args: (args[0].clone(),))
     calibrate_trex_merge(model, batches(), fit="input", per_cluster=True, progress=False)
-    assert len({id(wide.zz) for _, (_, wide) in seen[14:]}) == 14
+    assert len({id(wide.moments.zz) for _, (_, wide) in seen[14:]}) == 14
     torch.testing.assert_close(_statics(model), shared, rtol=1e-9, atol=1e-12)
 
 
@@ -306,7 +306,7 @@ def test_what_was_shared_once_and_changes_later_is_not_taken_for_the_same(monkey
             if name.endswith("k_proj"):
                 layer.register_forward_pre_hook(change)
         calibrate_trex_merge(model, batches(), fit="input", progress=False)
-        found.append({name: wide.zz for name, (_, wide) in seen})
+        found.append({name: wide.moments.zz for name, (_, wide) in seen})
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
     layers = [f"model.layers.0.self_attn.{name}_proj" for name in "qk"]
     assert not torch.allclose(*(found[0][name] for name in layers), rtol=0.1)
@@ -316,7 +316,7 @@ def test_a_model_in_inference_mode_tells_no_changes_and_shares_nothing(monkeypat
     seen, model = _watched(monkeypatch), exact_model()
     with torch.inference_mode():
         calibrate_trex_merge(model, batches(), fit="input", progress=False)
-    assert len({id(wide.zz) for _, (_, wide) in seen}) == 14
+    assert len({id(wide.moments.zz) for _, (_, wide) in seen}) == 14
     inferred = {name: static.clone() for name, static in _statics(model).items()}
     calibrate_trex_merge(model, batches(), fit="input", progress=False)
     torch.testing.assert_close(inferred, _statics(model), rtol=1e-9, atol=1e-12)
@@ -336,33 +336,29 @@ def test_little_memory_reads_the_data_again_and_changes_nothing():
 
 
 def test_auto_takes_the_input_where_memory_and_tokens_do():
-    model, data = exact_model(), _Counted(batches(64))
+    model, data = exact_model(), _Counted(batches(128))
     found = {}
     for fit in ("core", "input"):
         calibrate_trex_merge(model, data, fit=fit, progress=False)
         found[fit] = _statics(model)
-    # There are 576 tokens: ten for each of 32 and of 48 entries. All fits, and nothing has to be found out before.
+    # There are 1152 tokens: twenty for each of 32 and of 48 entries. All fits, and nothing has to be found out before.
     data.passes = 0
     report = calibrate_trex_merge(model, data, progress=False)
-    assert set(report.fits.values()) == {"input"} and data.passes == 1 and "(input, 576 tokens)" in str(report)
+    assert set(report.fits.values()) == {"input"} and data.passes == 1 and "(input, 1152 tokens)" in str(report)
     assert _same(_statics(model), found["input"])
     # With room for all but the widest inputs, and read once, as an iterator can be.
+    widest = {f"model.layers.{block}.mlp.down_proj" for block in range(2)}
     room = {"memory_gb": 2 * (3 * INPUT + 6 * SHARED) / 2**30}
-    report = calibrate_trex_merge(model, iter(batches(64)), **room, progress=False)
-    assert {name for name, fit in report.fits.items() if fit == "core"} == {
-        f"model.layers.{block}.mlp.down_proj" for block in range(2)
-    }
-    assert "(input in 12 layers and core in 2 layers, 576 tokens)" in str(report)
-    torch.testing.assert_close(
-        _statics(model), {name: found[fit][name] for name, fit in report.fits.items()}, rtol=1e-9, atol=1e-12
-    )
+    report = calibrate_trex_merge(model, iter(batches(128)), **room, progress=False)
+    assert {name for name, fit in report.fits.items() if fit == "core"} == widest
+    assert "(input in 12 layers and core in 2 layers, 1152 tokens)" in str(report)
+    expected = {name: found[fit][name] for name, fit in report.fits.items()}
+    torch.testing.assert_close(_statics(model), expected, rtol=1e-9, atol=1e-12)
     assert set(calibrate_trex_merge(model, data, memory_gb=0, progress=False).fits.values()) == {"core"}
     assert _same(_statics(model), found["core"])
-    # 360 tokens are ten for each of 32 entries, and fewer for each of 48; 315 are too few for both.
-    fits = [calibrate_trex_merge(model, batches(count), progress=False).fits for count in (40, 35)]
-    assert {name for name, fit in fits[0].items() if fit == "core"} == {
-        f"model.layers.{block}.mlp.down_proj" for block in range(2)
-    }
+    # 720 tokens are twenty for each of 32 entries, and fewer for each of 48; 630 are too few for both.
+    fits = [calibrate_trex_merge(model, batches(count), progress=False).fits for count in (80, 70)]
+    assert {name for name, fit in fits[0].items() if fit == "core"} == widest
     assert set(fits[1].values()) == {"core"}
 
 
@@ -720,7 +716,9 @@ def test_layers_that_were_never_called_keep_the_mean_routing():
     ("change", "error", "message"),
     [
         ({"adapter_name": "absent"}, ValueError, r"no adapter 'absent'; the model has \['default'\]"),
-        ({"fit": "x"}, ValueError, "fit='x' is unknown; use 'auto', 'core' or 'input'"),
+        ({"fit": "x"}, ValueError, "fit='x' is unknown; use one of .*'core', 'leading', 'input'"),
+        ({"dataloader": iter(batches()), "fit": "leading"}, ValueError, "reads the data twice.* an iterator"),
+        ({"fit": "leading", "memory_gb": 0}, ValueError, "no room for fit='leading'"),
         ({"memory_gb": -1}, ValueError, "memory_gb=-1 must be a finite number of at least 0"),
         ({"memory_gb": "2"}, ValueError, "memory_gb='2'"),
         ({"memory_gb": float("nan")}, ValueError, "memory_gb=nan"),

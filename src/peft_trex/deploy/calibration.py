@@ -11,35 +11,30 @@ rank r_b or less.
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from operator import itemgetter
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..data_pass import Attended, Data, DataPass, check_count, check_unmerged
+from ..data_pass import Data, Reading, check_count, check_unmerged
 from ..layer import TRexLayer
-from ..mixture import mix_features
-from ..model import find_peft_model, find_tuner
+from ..model import find_tuner
 from ..parameters import Kinship
-from ..prior.inputs import Inputs
 from ..undo import Snapshot, Undone
-from .moments import RIDGE, Moments, add_products, ridge
-from .shared import InputSums, fill, fitting, share
+from .distill import Polish, polish
+from .gather import Features, Fit, Plan, Sums, gather, make_plan
+from .moments import RIDGE, Moments, ridge
+from .shared import leading
 
-Fit = Literal["auto", "core", "input"]
-# With four tokens for each entry of a layer's input, the fit to "input" missed more of new tokens than "core" did
-# (`benchmarks/results/studies.md`); with ten, on the demo's tasks, it was far better. "auto" asks for so many.
-LEAST_TOKENS = 10
+# "auto" asks for so many tokens for each of the features that a fit starts from. With four and with ten for each entry
+# of x, the fit to all of it missed more of new tokens than that to leading directions (benchmarks/results/studies.md).
+LEAST_TOKENS = {"leading": 10, "input": 20}
 
 
 @dataclass(frozen=True)
@@ -47,7 +42,7 @@ class TRexMergeReport:
     """What static weights miss. Errors are shares of the energy that the adapter adds: 0 misses nothing.
 
     Attributes:
-        fits: "core" or "input" for each layer, as [`calibrate_trex_merge`] explains them.
+        fits: "core", "leading" or "input" for each layer, as [`calibrate_trex_merge`] explains them.
         tokens: the number of tokens that were seen.
         layers: E |adapter - static|^2 / E |adapter|^2 of each layer over these tokens.
         error: the same for all layers together, each counting by the energy that it adds.
@@ -55,6 +50,8 @@ class TRexMergeReport:
         cluster_error: the same if each prompt gets the static weights of its cluster; None without `per_cluster`.
         cluster_tokens: tokens of each of the K clusters; empty without `per_cluster`. One without tokens gets the
             weights of all tokens.
+        polished: what `distill_steps` did to the weights for all tokens and, with `per_cluster`, to those of the
+            clusters; empty without it. All errors are those of the closed form, before it.
     """
 
     fits: dict[str, str]
@@ -64,6 +61,7 @@ class TRexMergeReport:
     mean_routing_error: float
     cluster_error: float | None = None
     cluster_tokens: tuple[int, ...] = ()
+    polished: tuple[Polish, ...] = ()
 
     def __str__(self) -> str:
         ranked = sorted(self.layers.items(), key=itemgetter(1))
@@ -74,10 +72,12 @@ class TRexMergeReport:
             f"T-REX merge ({fit}, {self.tokens} tokens): misses {self.error:.2%} of what the adapter adds, the "
             f"mean routing {self.mean_routing_error:.2%}; median layer {median:.2%}, worst {worst:.2%} ({name})"
         )
-        if self.cluster_error is None:
-            return text
-        clusters, empty = len(self.cluster_tokens), self.cluster_tokens.count(0)
-        return f"{text}; one for each of {clusters} clusters ({empty} without tokens): {self.cluster_error:.2%}"
+        if self.cluster_error is not None:
+            clusters, empty = len(self.cluster_tokens), self.cluster_tokens.count(0)
+            text += f"; one for each of {clusters} clusters ({empty} without tokens): {self.cluster_error:.2%}"
+        for each, whose in zip(self.polished, ("polished", "for each cluster"), strict=False):
+            text += f"; {whose}, KL {each.before:.4f} to {each.after:.4f} nats on tokens held out"
+        return text
 
 
 def calibrate_trex_merge(
@@ -88,6 +88,7 @@ def calibrate_trex_merge(
     per_cluster: bool = False,
     fit: Fit = "auto",
     memory_gb: float = 2.0,
+    distill_steps: int = 0,
     max_batches: int | None = None,
     progress: bool = True,
 ) -> TRexMergeReport:
@@ -107,12 +108,18 @@ def calibrate_trex_merge(
             cluster is drawn to the weights of all tokens as if it had seen r_a of these more; for "input" to these
             weights or to its own best core, whichever misses less, as if it had seen D_in tokens more.
         fit: "core" finds the best (r_b, r_a) matrix between A and B, with a few hundred numbers for each layer in
-            memory and in the adapter's file. "input" finds the best (r_b, D_in) matrix before B, which misses far
-            less. It sums up (D_in, D_in) moments for each set of tokens, once for layers that read the same tensor (q,
-            k and v), and reads the data again for what `memory_gb` has no room for. "auto" reads the data once, and
-            takes "input" for the layers whose moments fit into `memory_gb`, narrow inputs first, and that see at least
-            ten tokens for each entry of their input; "core" for the others.
-        memory_gb: for the moments of "input" that are held at once, in GB of 2^30 bytes, beside the model.
+            memory and in the adapter's file. "input" finds the best (r_b, D_in) matrix before B. It sums up (D_in,
+            D_in) moments for each set of tokens, once for layers that read the same tensor (q, k and v), and reads the
+            data again for what `memory_gb` has no room for. "leading" finds the best one that reads `A x` and 64 to
+            256 leading directions of x, as many as `memory_gb` has room for; it reads the data twice, and needs fewer
+            tokens. "auto" takes "input" for the layers whose moments fit into `memory_gb`, narrow inputs first, and
+            that see 20 tokens or more for each entry of their input; for the others "leading", where these see 10
+            tokens or more for each direction and the data can be read again; else "core".
+        memory_gb: for the moments that are held at once, in GB of 2^30 bytes, beside the model.
+        distill_steps: then train all static weights together for so many steps of a batch each, on the divergence of
+            their model's logits from the routed model's; with `per_cluster`, those of the clusters for so many more.
+            A step costs what a training step costs. Every fourth batch is held out, and what does best on these is
+            kept, the closed form if nothing does better. The batches are kept in memory.
 
     Raises:
         ValueError, TypeError: if there is no such adapter, it is merged, `per_cluster` has no fitted prior to go by,
@@ -121,8 +128,9 @@ def calibrate_trex_merge(
     tuner = find_tuner(model)
     config, prior = tuner.config_of(adapter_name), tuner.prior_of(adapter_name)
     check_count("max_batches", max_batches)
+    check_count("distill_steps", distill_steps, least=0, none=False)
     if fit not in get_args(Fit):
-        raise ValueError(f"fit={fit!r} is unknown; use 'auto', 'core' or 'input'.")
+        raise ValueError(f"fit={fit!r} is unknown; use one of {get_args(Fit)}.")
     if isinstance(memory_gb, bool) or not isinstance(memory_gb, (int, float)) or not 0 <= memory_gb < math.inf:
         raise ValueError(f"memory_gb={memory_gb!r} must be a finite number of at least 0.")
     if per_cluster and (prior is None or not prior.fitted):
@@ -131,19 +139,34 @@ def calibrate_trex_merge(
     check_unmerged(tuner, "the calibration")
     layers, clusters = tuner.layers_of(adapter_name), config.num_clusters if per_cluster else 0
     data = Data(dataloader, max_batches, "T-REX merge" if progress else None)
-    data, passes = _plan(model, adapter_name, data, 1 + clusters, (fit, int(memory_gb * 2**30)))
-    solutions: dict[str, _Solution] = {}
-    for wide in passes:
-        sums = _Sums({name: layers[name] for name in (wide if fit == "input" else layers)}, wide, 1 + clusters)
-        _gather(model, adapter_name, data, sums)
-        for name in sums.layers:
-            solutions[name] = _solve(name, layers[name], adapter_name, sums.of(name), fit)
-    report = _report({name: solutions[name] for name in layers}, clusters)
+    if distill_steps:
+        data = replace(data, batches=_read(data))
+    plan = make_plan(model, adapter_name, data, 1 + clusters, (fit, int(memory_gb * 2**30)))
+    solutions = _solve_all(model, adapter_name, plan, 1 + clusters, fit)
+    report = _report(solutions, clusters)
+    if distill_steps:
+        statics = {name: solution.static for name, solution in solutions.items()}
+        statics, polished = polish(model, adapter_name, data, statics, distill_steps)
+        solutions = {name: solution._replace(static=statics[name]) for name, solution in solutions.items()}
+        report = replace(report, polished=polished)
     with Undone(Snapshot(tuner)):
         for name, layer in layers.items():
             layer.keep_static(adapter_name, solutions[name].static, solutions[name].kinship if per_cluster else None)
         tuner.card_notes.setdefault(adapter_name, {})["merge"] = report
     return report
+
+
+def _read(data: Data) -> list[Any]:
+    """The batches, which are read once."""
+    reading = Reading(replace(data, title=None))
+    with Undone(reading), reading as batches:
+        found = list(batches)
+    if len(found) < 2:
+        raise ValueError(
+            f"distill_steps holds a part of the data out, but the dataloader gave {len(found)} batches; give at least "
+            "two, which may be smaller."
+        )
+    return found
 
 
 class _Solution(NamedTuple):
@@ -158,98 +181,41 @@ class _Solution(NamedTuple):
     kinship: Kinship
 
 
-class _Sums:
-    """The moments of layers over the data: of each cluster and, last, of the tokens that have none.
-
-    Those of `A x` are kept for each of the `layers`, those of x for the names in `wide`.
-    """
-
-    def __init__(self, layers: Mapping[str, Any], wide: Collection[str], sets: int) -> None:
-        self.layers, self.wide, self.sets = layers, wide, sets
-        self.cores: dict[str, Moments] = {}
-        self.mixed: dict[str, Tensor] = {}  # the sums of m x^T (S, r_b, D_in)
-        self.inputs = InputSums(sets)
-
-    def of(self, name: str) -> tuple[Moments, Moments | None]:
-        """The moments of a layer: of `A x`, and of x if there are some."""
-        core, inputs = self.cores[name], self.inputs.of(name)
-        return core, None if inputs is None else Moments(inputs, self.mixed[name], core.mm, core.tokens)
-
-
-def _plan(
-    model: nn.Module, adapter_name: str, data: Data, sets: int, limits: tuple[Fit, int]
-) -> tuple[Data, list[Collection[str]]]:
-    """The layers that are fitted from all of their input, in each pass over the data, and data that can be read anew.
-
-    The first batch tells which layers share their inputs, where that matters.
-    """
-    (fit, most), layers = limits, find_tuner(model).layers_of(adapter_name)
-    if fit == "core":
-        return data, [()]
-    alone = share(layers, adapter_name, (), sets)
-    if sum(shared.size for shared in alone) <= most:
-        return data, [list(layers)]
-    once = isinstance(data.batches, Iterator)
-    first: Iterable[Any] = data.batches
-    if once:
-        first, rest = itertools.tee(data.batches)
-        data = replace(data, batches=rest)
-    watched = _Sums(layers, list(layers), 0)
-    _gather(model, adapter_name, Data(first, 1), watched)
-    together = share(layers, adapter_name, watched.inputs.groups, sets)
-    if fit == "auto":
-        return data, [fitting(layers, together, most)]
-    passes = fill(together, most)
-    if once and len(passes) > 1:
-        raise ValueError(
-            f"fit='input' reads the data {len(passes)} times for this model, but the dataloader is an iterator, which "
-            "can be read once; give a DataLoader or a list of batches, more memory_gb, or use fit='auto'."
-        )
-    return data, list(passes)
-
-
-def _gather(model: nn.Module, adapter_name: str, data: Data, sums: _Sums) -> None:
-    """Run the model over the data, and sum up what the layers do."""
-    tuner, peft_model, sets = find_tuner(model), find_peft_model(model), sums.sets
-    for name, layer in sums.layers.items():
-        A, B = layer.trex_A[adapter_name], layer.trex_B[adapter_name]
-        # MPS has no float64.
-        device = torch.device("cpu") if A.device.type == "mps" else A.device
-        sums.cores[name] = Moments.zeros(sets, len(A), B.shape[1], device)
-        if name in sums.wide:
-            sums.mixed[name] = sums.cores[name].mz.new_zeros(sets, B.shape[1], A.shape[1])
-
-    def count(name: str, layer: TRexLayer, args: tuple) -> None:
-        A, core = layer.trex_A[adapter_name], sums.cores[name]
-        tokens = layer.tokens_of(args[0])
-        x, kept = layer._cast_input_dtype(tokens, A.dtype), attended.kept(tokens, layer)
-        clusters = layer.cluster_of(args[0], adapter_name) if sets > 1 else x.new_zeros(x.shape[:-1], dtype=torch.long)
-        where = clusters[kept].to(core.zz.device)
-        rows = sums.inputs.read(name, tokens, x, kept, where) if name in sums.wide else None
-        if not sets:
-            return
-        a = F.linear(x, A)
-        m = mix_features(a, layer.expert_weights(args[0], adapter_name), layer.trex_settings[adapter_name].layout)
-        a, m = (values[kept].to(core.zz.device) for values in (a, m))
-        core.add(a, m, where)
-        if rows is not None:
-            add_products(sums.mixed[name], m, rows, where)
-
-    passing = DataPass(tuner, adapter_name, data)
-    with Undone(passing), Attended(tuner) as attended, passing as batches, ExitStack() as hooks:
+def _solve_all(model: nn.Module, adapter_name: str, plan: Plan, sets: int, fit: Fit) -> dict[str, _Solution]:
+    """The static weights of all layers, by the layers' names."""
+    layers = find_tuner(model).layers_of(adapter_name)
+    solutions: dict[str, _Solution] = {}
+    bases: dict[str, Tensor] = {}
+    for wide in plan.passes:
+        sums = Sums({name: layers[name] for name in (wide if fit == "input" else layers)}, sets, wide, plan.directions)
+        gather(model, adapter_name, plan.data, sums)
         for name, layer in sums.layers.items():
-            hooks.enter_context(layer.register_forward_pre_hook(partial(count, name)))
-        for batch in batches:
-            attended.start(Inputs.of(batch))
-            peft_model(**batch)
-            sums.inputs.close()
+            solutions[name] = _solve(name, layer, adapter_name, sums.of(name), fit)
+            A, sketch, tokens = (
+                layer.trex_A[adapter_name].detach(),
+                sums.inputs.sketch_of(name),
+                solutions[name].tokens,
+            )
+            n = plan.directions + len(A)
+            # Half of all directions or more are no few, and would cost what all of x costs.
+            pays = solutions[name].fit == "core" and 2 * n <= layer.in_features
+            pays = pays and sum(tokens) >= LEAST_TOKENS["leading"] * n
+            if sketch is not None and (fit == "leading" or pays):
+                bases[name] = leading(sketch, A).to(torch.promote_types(A.dtype, torch.float32))
+    if bases:
+        sums = Sums({name: layers[name] for name in bases}, sets)
+        sums.bases = bases
+        gather(model, adapter_name, plan.data, sums)
+        for name in bases:
+            solutions[name] = _solve(name, layers[name], adapter_name, sums.of(name), fit)
+    return {name: solutions[name] for name in layers}
 
 
 def _solve(
-    name: str, layer: TRexLayer, adapter_name: str, sums: tuple[Moments, Moments | None], fit: Fit
+    name: str, layer: TRexLayer, adapter_name: str, sums: tuple[Moments, Features | None], fit: Fit
 ) -> _Solution:
     """Static weights for all tokens of a layer and for those of each cluster."""
-    parameters, (core, wide) = (layer.trex_A, layer.trex_B, layer.trex_gate), sums
+    parameters, (core, features) = (layer.trex_A, layer.trex_B, layer.trex_gate), sums
     A, B, gate = (parameter[adapter_name].detach().to(core.zz) for parameter in parameters)
     BB = torch.sigmoid(layer.trex_settings[adapter_name].temperature * gate) ** 2 * (B.T @ B)
     start = layer.mean_core(adapter_name).to(A)
@@ -264,13 +230,18 @@ def _solve(
             f"The layer {name} saw {tokens} tokens, fewer than the adapter has input vectors (r_a={len(A)}); a fit "
             "needs many times as many. Give more batches. Nothing was stored."
         )
-    missed_by_mean, kind, moments = total.missed(start, BB), "core", core
-    static = _fit_sets(core, BB, start[None], RIDGE["core"])
-    # The width tells a core from a wide matrix; where r_a = D_in it cannot, so the core is stored as a wide one.
-    widened = A.shape[0] == A.shape[1]
-    if wide is not None and (fit == "input" or tokens >= LEAST_TOKENS * A.shape[1]):
-        kind, moments, widened = "input", wide, False
-        static = _fit_sets(wide, BB, static @ A, RIDGE["input"])
+    static, missed_by_mean = _fit_sets(core, BB, start[None], RIDGE["core"]), total.missed(start, BB)
+    # A core is put before B as it is. The width tells it from a wide matrix, but not where r_a = D_in.
+    kind, moments, into = "core", core, A if A.shape[0] == A.shape[1] else None
+    if features is not None:
+        n = features.moments.zz.shape[-1]
+        if fit != "auto" or tokens >= LEAST_TOKENS[features.fit] * n:
+            (kind, moments, basis), into = features, None
+            starts = static @ A
+            if basis is not None:
+                into = basis.to(A)
+                starts = starts @ into.T
+            static = _fit_sets(moments, BB, starts, RIDGE["input"])
     # Tokens without a cluster get the weights of all tokens.
     by_cluster = zip([*static[1:], static[0]], map(moments.of, range(len(moments.tokens))), strict=True)
     missed = (moments.of().missed(static[0], BB), missed_by_mean, sum(each.missed(U, BB) for U, each in by_cluster))
@@ -278,7 +249,7 @@ def _solve(
     clusters = static[1:]
     added = (BB @ clusters @ moments.of().zz / max(1, tokens)).flatten(1)  # (K, r_b n)
     kinship = Kinship((added @ clusters.flatten(1).T).cpu(), core.tokens[:-1].cpu(), energy)
-    static = (static @ A if widened else static).float()
+    static = (static if into is None else static @ into).float()
     return _Solution(kind, static, core.tokens.long().tolist(), energy, missed, kinship)
 
 
