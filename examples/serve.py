@@ -161,7 +161,8 @@ def vllm_server(arguments: argparse.Namespace, model: str, adapters: dict[str, P
     # One place more than there are adapters: among requests to adapters, vLLM's code for CPUs treats one to the base
     # model with what lies in the last place, which therefore must stay empty.
     command += ["--max-loras", str(len(adapters) + 1), "--max-cpu-loras", str(len(adapters) + 1)]
-    command += ["--middleware", "peft_trex.serve_router.TRexMiddleware"]
+    # serve_endpoint.py asks /render which tokens the server itself makes of a request.
+    command += ["--middleware", "peft_trex.serve_router.TRexMiddleware", "--enable-scale-out"]
     settings = {"TREX_FOLDER": str(arguments.export), "TREX_MODEL": MODEL, "TREX_TOKENIZER": model}
     if arguments.resolver:
         settings |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_PLUGINS": "lora_filesystem_resolver"}

@@ -13,6 +13,8 @@ import pytest
 from conftest import PAD, VOCAB, adapted, batches, make_llama, prompts
 from serve import BASE, StockPeft, check_export, main, until_end
 from serve_client import complete_all, load_router
+from serve_endpoint import check_endpoint, overhead
+from texts import make_tokenizer
 
 from peft_trex import calibrate_trex_merge, save_trex_as_lora
 
@@ -86,6 +88,73 @@ def test_the_client_asks_for_all_at_once_and_keeps_their_order(server):
     assert complete_all(server, ["cluster_00"] * 12, rows, 4) == [row[::-1] for row in rows]
     with pytest.raises(HTTPException, match=r"status 404 for a request to 'cluster_99'.*no such model"):
         complete_all(server, ["cluster_00", "cluster_99"], rows[:2], 4)
+
+
+@pytest.fixture
+def endpoint(export):
+    """Chooses adapters as the router does, by the length of each body as its token; `faults` make it do otherwise."""
+    router, faults = load_router(export / "lora"), []
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self, status, answer, adapter=None):
+            self.send_response(status)
+            if adapter is not None:
+                self.send_header("x-trex-adapter", adapter)
+            body = json.dumps(answer).encode()
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_GET(self):
+            self.answer(200, {"data": [{"id": "base" if "list" in faults else "trex"}]})
+
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            try:
+                asked = json.loads(body)
+                tokens = [3 + len(json.dumps({**asked, "model": ""})) % 60]
+                assert asked["model"] == "trex" or self.path.endswith("/render")
+            except (ValueError, AssertionError):
+                return self.answer(400 if "hostile" not in faults or b"trex" not in body else 404, {})
+            if self.path == "/v1/completions":
+                return self.answer(400, {})
+            adapter = "overall" if self.path in faults else router.route(tokens).adapter
+            self.answer(200, {"token_ids": tokens, "tokens": tokens}, None if "render" in self.path else adapter)
+
+        def log_message(self, *args):
+            pass
+
+    # 500 clients connect at once.
+    server = type("Server", (ThreadingHTTPServer,), {"request_queue_size": 600})(("127.0.0.1", 0), Handler)
+    with server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}", router, faults
+        server.shutdown()
+
+
+def test_an_endpoint_that_misroutes_is_told(endpoint, capsys):
+    server, router, faults = endpoint
+    prompts = ["w" * length for length in range(1, 30, 3)]
+    check_endpoint(server, router, prompts)
+    printed = capsys.readouterr().out
+    assert "500 requests at once" in printed and "0 misrouted" in printed and "12 MB 400" in printed
+    for fault, words in (
+        ("list", r"/v1/models lists \['base'\]"),
+        ("/v1/responses", "/v1/responses took overall"),
+        ("/tokenize", "/tokenize took overall"),
+        ("hostile", r"hostile body \(no JSON\) gets status 404, and without routing 400"),
+    ):
+        faults[:] = [fault]
+        with pytest.raises(SystemExit, match=words):
+            check_endpoint(server, router, prompts)
+
+
+def test_the_overhead_is_measured_on_the_length_that_it_says(export, tmp_path, capsys):
+    make_tokenizer().save_pretrained(tmp_path)
+    overhead(export / "lora", str(tmp_path), 200)
+    printed = capsys.readouterr().out
+    assert "milliseconds for a request of" in printed
+    assert [float(line.split()[-1]) > 0 for line in printed.splitlines()[-5:]] == [True] * 5
 
 
 @pytest.mark.parametrize(
