@@ -132,7 +132,9 @@ def export(arguments: argparse.Namespace) -> None:
     model, tokenizer = load(arguments.adapter, arguments)
     if arguments.data is not None:
         _calibrate(model, tokenizer, arguments, not arguments.overall)
-    save_trex_as_lora(model, arguments.out, per_cluster=not arguments.overall)
+    print(
+        save_trex_as_lora(model, arguments.out, per_cluster=not arguments.overall, max_adapters=arguments.max_adapters)
+    )
     print(f"saved {arguments.out}")
 
 
@@ -223,6 +225,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_adapter(part)
     part.add_argument("--out", metavar="FOLDER", required=True, help="a new folder for the LoRA adapters")
+    part.add_argument(
+        "--max-adapters", type=_count, metavar="N", help="join the clusters that are closest to N adapters"
+    )
     part.add_argument("--overall", action="store_true", help="only one LoRA, for all prompts, and no router")
     _add_data(part, required=False, fit=True)
     commands.add_parser("serve-router", help="put an export behind one model's name, in front of a server")

@@ -159,7 +159,9 @@ def test_export(adapter, tmp_path, capsys):
     assert "has no static weights for each cluster" in capsys.readouterr().err
     assert main(["export", folder, "--out", str(tmp_path / "lora"), *data]) == 0
     router = SemanticRouter.from_pretrained(tmp_path / "lora")
-    assert len(router.clusters) == 4
+    assert len(set(router.clusters)) == 4
+    assert main(["export", folder, "--max-adapters", "2", "--out", str(tmp_path / "two"), *data]) == 0
+    assert len(set(SemanticRouter.from_pretrained(tmp_path / "two").clusters)) == 2
     assert main(["export", folder, "--overall", "--out", str(tmp_path / "one"), *data]) == 0
     assert not (tmp_path / "one" / "router.json").exists()
 
