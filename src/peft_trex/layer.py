@@ -291,7 +291,7 @@ class Linear(nn.Module, TRexLayer):
         """The base layer's output with what the adapter of each row adds to that row."""
         channel = self._channel
         rows, state = channel.running.rows, channel.running.state
-        if state is None:
+        if rows is None or state is None:
             raise ValueError("adapter_names needs a forward of the model itself, which tells the rows of its layers.")
         axis = int(self.order is not None and self.order.is_turned(x, state.rows))
         for name, places, own in rows.parts(state, x, axis):
