@@ -165,7 +165,10 @@ def make_parser() -> argparse.ArgumentParser:
 
     def command(run: Callable[[argparse.Namespace], None], text: str, example: str) -> argparse.ArgumentParser:
         name = run.__name__.replace("_", "-")
-        about = {"description": f"{text[0].upper()}{text[1:]}.", "epilog": f"example:\n  peft-trex {name} {example}"}
+        about: dict[str, Any] = {
+            "description": f"{text[0].upper()}{text[1:]}.",
+            "epilog": f"example:\n  peft-trex {name} {example}",
+        }
         part = commands.add_parser(name, help=text, **about, **style)
         part.set_defaults(run=run)
         return part
