@@ -161,7 +161,7 @@ def messages():
 
 def explained():
     text = (ROOT / "docs" / "guide" / "troubleshooting.md").read_text(encoding="utf-8")
-    return re.findall(r"^`(.+)`\n:   ", text, re.M)
+    return [error for line in re.findall(r"^`(.+)`\n:   ", text, re.M) for error in line.split("`, `")]
 
 
 def test_the_errors_that_are_explained_are_ours():
