@@ -403,7 +403,7 @@ def test_other_modules_with_quantised_weights_are_refused():
     model = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Linear(8, 8))
     quanto.quantize(model, weights="qint8")
     quanto.freeze(model)
-    with pytest.raises(ValueError, match="0 is a QConv2d that computes its weight"):
+    with pytest.raises(ValueError, match="0 is a QConv2d that has a forward of its own"):
         get_peft_model(model, TRexConfig(target_modules=["0"], use_prior=False))
     found = get_peft_model(model, TRexConfig(target_modules="all-linear", use_prior=False)).targeted_module_names
     assert found == ["1"]
