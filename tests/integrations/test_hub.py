@@ -235,6 +235,6 @@ def test_a_trainers_card_keeps_what_loading_needs(tmp_path: Path) -> None:
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.library_name == "peft"
     assert "trex" in card.data.tags
-    assert card.text.count("import peft_trex") == 1
+    assert card.text.count("import peft_trex  # registers the method with PEFT") == 1
     assert "# tuned" in card.text
     assert re.search(r"\S\n\n## Loading this adapter\n\n", card.text)
