@@ -180,7 +180,8 @@ def test_layers_agree_on_the_adapter_that_follows_a_deleted_one(tmp_path):
     for name in models:
         injected(tmp_path, name, model, name)
     set_adapter(model, "one")
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         delete_adapter(model, "one", prefix="trex_")
     model.peft_config.pop("one")
     assert {tuple(layer.active_adapters) for _, layer in find_tuner(model).trex_layers()} == {("two",)}
