@@ -32,8 +32,9 @@ from .gather import Features, Fit, Plan, Sums, gather, make_plan
 from .moments import RIDGE, Moments, ridge
 from .shared import leading
 
-# "auto" asks for so many tokens for each of the features that a fit starts from. With four and with ten for each entry
-# of x, the fit to all of it missed more of new tokens than that to leading directions (benchmarks/results/studies.md).
+# "auto" asks for so many tokens for each of the features that a fit starts from. With only four or ten tokens for each
+# entry of x, a fit to the whole of x missed more on new tokens than a fit to its leading directions did: see
+# benchmarks/results/studies.md.
 LEAST_TOKENS = {"leading": 10, "input": 20}
 
 

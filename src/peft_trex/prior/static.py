@@ -28,7 +28,9 @@ class StaticWeights:
     def forget(self, adapter_name: str) -> None:
         """Drop the static weights of an adapter, which has changed since: those of all layers or none."""
         layers, calibrated = [layer for _, layer in self.adapters.layers()], self.channel.calibrated
-        with Undone(Snapshot(calibrated, *(layer.trex_static for layer in layers))):
+        with Undone(
+            Snapshot(calibrated, *(each for layer in layers for each in (layer.trex_static, layer.trex_kinship)))
+        ):
             for layer in layers:
                 layer.keep_static(adapter_name, None)
             calibrated.discard(adapter_name)
