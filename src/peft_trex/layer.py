@@ -19,7 +19,7 @@ from .fast.dispatch import add_mixture, is_fast
 from .mixture import Experts, Settings, mean_core, num_experts, router_logits, weigh_experts
 from .parameters import TRexParameters
 from .prior.channel import PriorChannel
-from .quantized import read_weight, restore_weight, write_weight
+from .quantized import Scheme, check_mergeable, read_weight, restore_weight, write_weight
 
 APPROXIMATE = (
     "T-REX depends on its input, so no static weight equals it. The adapter is merged approximately, with its mean "
@@ -130,6 +130,14 @@ class TRexLayer(TRexParameters):
     def outputs_of(self, y: Tensor) -> Tensor:
         """The output (..., D_out) of each token in an output of the layer."""
         return y
+
+    def check_static(self, path: str) -> None:
+        """Raise a ValueError, with the layer's name, if no static weight can stand for an adapter in it."""
+
+    def check_mergeable(self, path: str) -> Scheme | None:
+        """How the base weight has to be read and written, None for a plain one; a ValueError if it cannot be."""
+        self.check_static(path)
+        return check_mergeable(self.get_base_layer(), path)
 
     def as_lora(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """Static factors, down (r, D_in) and up (D_out, r), in the shapes of a LoRA on the layer."""

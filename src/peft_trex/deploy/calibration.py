@@ -123,8 +123,8 @@ def calibrate_trex_merge(
             kept, the closed form if nothing does better. The batches are kept in memory.
 
     Raises:
-        ValueError, TypeError: if there is no such adapter, it is merged, `per_cluster` has no fitted prior to go by,
-            the data have fewer tokens than r_a, or the adapter or the data make NaN.
+        ValueError, TypeError: if there is no such adapter, it is merged or in a block of experts, `per_cluster` has
+            no fitted prior to go by, the data have fewer tokens than r_a, or the adapter or the data make NaN.
     """
     tuner = find_tuner(model)
     config, prior = tuner.config_of(adapter_name), tuner.prior_of(adapter_name)
@@ -139,6 +139,8 @@ def calibrate_trex_merge(
         raise ValueError(f"per_cluster=True goes by the clusters of the prior, which {reason}; set per_cluster=False.")
     check_unmerged(tuner, "the calibration")
     layers, clusters = tuner.layers_of(adapter_name), config.num_clusters if per_cluster else 0
+    for name, layer in layers.items():
+        layer.check_static(name)
     data = Data(dataloader, max_batches, "T-REX merge" if progress else None)
     if distill_steps:
         data = replace(data, batches=_read(data))
