@@ -286,8 +286,8 @@ class Linear(nn.Module, TRexLayer):
             return base_layer(x, *args, **kwargs)
         if self._channel.running.rows is not None:
             return self._forward_by_row(x, base_layer(x, *args, **kwargs))
-        # A simple layer waits: the first adapter may make both products together.
-        waits = not args and not kwargs and separable(base_layer)
+        # A simple layer waits: the first adapter may make both products together. (torch.compile knows no `not args`.)
+        waits = len(args) == 0 and not kwargs and separable(base_layer)
         base = Base(x, base_layer) if waits else Base(x, None, base_layer(x, *args, **kwargs))
         active = self._active_adapter
         for name in (active,) if isinstance(active, str) else active:

@@ -280,6 +280,18 @@ def test_under_autocast_and_in_bfloat16():
     torch.testing.assert_close(logits.float(), expected, rtol=0.1, atol=0.3)
 
 
+@pytest.mark.parametrize(("kept", "expected"), [(torch.bfloat16, torch.bfloat16), (torch.uint8, torch.float32)])
+def test_parameters_are_where_the_block_is_and_in_a_dtype_that_trains(kept, expected):
+    base = make().to("meta")
+    for layer in base.model.layers:
+        layer.mlp.experts.down_proj = nn.Parameter(layer.mlp.experts.down_proj.to(kept), requires_grad=False)
+    config = TRexConfig(use_prior=False, **BLOCKS)
+    model = get_peft_model(base, config, autocast_adapter_dtype=False)
+    layer = dict(model.base_model.trex_layers())["model.layers.1.mlp.experts"]
+    for parameter in layer.parameters_of("default"):
+        assert (parameter.device.type, parameter.dtype) == ("meta", expected) and parameter.requires_grad
+
+
 def blocks_in(model):
     return [name for name, layer in model.base_model.trex_layers() if isinstance(layer, ExpertBlock)]
 
@@ -379,6 +391,11 @@ def test_the_width_is_that_of_the_hidden_states():
         assert width_of(GptOssExperts(transformers.GptOssConfig(hidden_size=32, intermediate_size=inner))) == 32
         plain = transformers.NemotronHConfig(hidden_size=32, moe_intermediate_size=inner, n_routed_experts=3)
         assert width_of(NemotronHExperts(plain)) == 32
+        turned = NemotronHExperts(plain)
+        for name in ("up_proj", "down_proj"):
+            setattr(turned, name, nn.Parameter(getattr(turned, name).mT.contiguous()))
+        turned.is_transposed = True
+        assert width_of(turned) == 32
     assert width_of(nn.Linear(3, 4)) is None and width_of(nn.Conv1d(3, 4, 2)) is None
 
 
@@ -506,3 +523,19 @@ def test_router_losses_are_those_of_tokens_that_are_attended_to():
     added = output.trex_router_loss
     torch.testing.assert_close(added, 0.5 * torch.stack(expected).mean())
     assert all(isinstance(layer, TRexLayer) for layer, _ in seen)
+
+
+@pytest.mark.slow
+def test_it_is_compiled_in_one_graph():
+    model, batch = adapt(make("Mixtral", "batched_mm", num_hidden_layers=1)), rows_of()
+    parameters, kept = (
+        [one for name, one in model.named_parameters() if "trex_" in name],
+        batch["attention_mask"].bool(),
+    )
+    expected = answer_and_gradients(model, batch, parameters)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = answer_and_gradients(compiled, batch, parameters)
+    torch._dynamo.reset()
+    assert len(found[0]) == kept.sum()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
