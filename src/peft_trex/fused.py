@@ -48,7 +48,7 @@ def width_of(module: nn.Module) -> int | None:
     """
     shapes = _fused_parameters(module)
     ups = [set(shapes[name][1:]) for name in UPS if name in shapes]
-    # Besides itself.
+    # The module itself is the first of four arguments.
     if DOWN not in shapes or not ups or len(inspect.signature(type(module).forward).parameters) < 4:
         return None
     _, rows, columns = shapes[DOWN]
