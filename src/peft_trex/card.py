@@ -10,8 +10,8 @@ from typing import Any
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
+from .fused import shape_of
 from .loading import STATIC
-from .targets import shape_of
 
 # PEFT's template of a card has this where nobody has written anything, and this title.
 MISSING = "[More Information Needed]"

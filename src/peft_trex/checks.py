@@ -13,7 +13,7 @@ POSITIVE = "a positive, finite number"
 COUNT = "a whole number of at least 1, less than 2**63"
 COUNTS = ("r_a", "r_b", "num_clusters", "prior_dim", "prior_whitening", "router_rank", "router_top_k")
 SIZES = ("r_a_pattern", "r_b_pattern")
-NAMES = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
+NAMES = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_pattern")
 # The rules of the numbers, in words and as a function. Where the default is None, None is allowed too.
 NUMBERS: dict[str, tuple[tuple[str, ...], Callable[[float], bool]]] = {
     COUNT: (COUNTS, lambda x: isinstance(x, int) and 1 <= x < 2**63),

@@ -102,6 +102,11 @@ class TRexConfig(PeftConfig):
             (A and B) as they are, for an adapter from [`trex_from_lora`]; a new one (B is zero) would learn nothing.
         target_modules: Names, or a regular expression, of the modules to adapt. None stands for "all-linear": all
             linear layers but the head, as in the paper.
+        target_parameters: Names of parameters of blocks of experts, as LoRA has them ("experts.gate_up_proj"), which
+            many models hold in three-dimensional parameters. A block is adapted once and as a whole, from its input to
+            its output, whichever of its parameters are named; target_modules can name its module as well. Other
+            targets are adapted besides: all linear layers, unless target_modules names some, or is empty. A model's
+            adapter has the blocks among its target_modules, so exclude_modules and layers_to_transform count for them.
         exclude_modules: Names, or a regular expression, of the modules to leave out.
         modules_to_save: Modules besides the adapter that are trained and saved in full, a new classification head for
             instance. With the token embedding, the frozen rows that training has changed are saved, too: the prior
@@ -145,6 +150,7 @@ class TRexConfig(PeftConfig):
     init_weights: Literal[True, False, "random_router", "zero_router"] = True
     trainable: Literal["all", "router"] = "all"
     target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None

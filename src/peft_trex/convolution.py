@@ -8,7 +8,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from .expert_block import ExpertBlock
 from .fast.base import Base
+from .fused import width_of
 from .layer import Linear
 from .mixture import Experts, is_narrow, mixture_of, no_autocast, product
 from .unsuited import CONVOLUTIONS
@@ -83,4 +85,6 @@ class Convolution(Linear):
 def layer_for(target: nn.Module) -> type[Linear]:
     """The class of the layer that takes the place of a module, which may be another adapter's."""
     layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    return Convolution if isinstance(layer, CONVOLUTIONS) else Linear
+    if isinstance(layer, CONVOLUTIONS):
+        return Convolution
+    return Linear if width_of(layer) is None else ExpertBlock

@@ -20,7 +20,7 @@ from .fast.one_token import OneToken, Stamp
 from .mixture import Experts, mean_core, num_experts, router_logits, weigh_experts
 from .parameters import KINDS, TRexParameters
 from .prior.channel import PriorChannel
-from .quantized import read_weight, restore_weight, write_weight
+from .quantized import Scheme, check_mergeable, read_weight, restore_weight, write_weight
 
 APPROXIMATE = (
     "T-REX depends on its input, so no static weight equals it. The adapter is merged approximately, with its mean "
@@ -142,6 +142,14 @@ class TRexLayer(TRexParameters):
     def outputs_of(self, y: Tensor) -> Tensor:
         """The output (..., D_out) of each token in an output of the layer."""
         return y
+
+    def check_static(self, path: str) -> None:
+        """Raise a ValueError, with the layer's name, if no static weight can stand for an adapter in it."""
+
+    def check_mergeable(self, path: str) -> Scheme | None:
+        """How the base weight has to be read and written, None for a plain one; a ValueError if it cannot be."""
+        self.check_static(path)
+        return check_mergeable(self.get_base_layer(), path)
 
     def as_lora(self, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """Static factors, down (r, D_in) and up (D_out, r), in the shapes of a LoRA on the layer."""
@@ -309,8 +317,8 @@ class Linear(nn.Module, TRexLayer):
             return base_layer(x, *args, **kwargs)
         if self._channel.running.rows is not None:
             return self._forward_by_row(x, base_layer(x, *args, **kwargs))
-        # A simple layer waits: the first adapter may make both products together.
-        waits = not args and not kwargs and separable(base_layer)
+        # A simple layer waits: the first adapter may make both products together. (torch.compile knows no `not args`.)
+        waits = len(args) == 0 and not kwargs and separable(base_layer)
         base = Base(x, base_layer) if waits else Base(x, None, base_layer(x, *args, **kwargs))
         active = self._active_adapter
         for name in (active,) if isinstance(active, str) else active:

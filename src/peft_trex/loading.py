@@ -20,9 +20,10 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from .fused import shape_of
 from .prior.semantic_prior import OPTIONAL
 from .room import note_file
-from .targets import shape_of, size_patterns, try_patterns
+from .targets import size_patterns, try_patterns
 from .version import VERSION
 
 # Every saved tensor of an adapter carries this prefix.

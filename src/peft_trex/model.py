@@ -27,7 +27,7 @@ from .prior.priors import Priors
 from .prior.reach import modules_outside, tell_layers
 from .prior.rows import RowAdapters, running_by_row
 from .prior.semantic_prior import CELLS, SemanticPrior
-from .quantized import check_mergeable, former_weights, keep_trainable, release
+from .quantized import former_weights, keep_trainable, release
 from .room import Room
 from .saved_rows import SavedRows
 from .targets import check_pattern, check_patterns, check_target, check_untied, settle_targets
@@ -233,7 +233,7 @@ class TRexModel(BaseTuner):
         names = set(self.active_adapters if adapter_names is None else adapter_names)
         layers = {path: layer for path, layer in self.trex_layers() if not names.isdisjoint(layer.trex_A)}
         check_untied(self.model, layers)
-        schemes = [check_mergeable(layer.get_base_layer(), path) for path, layer in layers.items()]
+        schemes = [layer.check_mergeable(path) for path, layer in layers.items()]
         quantised = sorted({scheme.name for scheme in schemes if scheme is not None})
         if quantised:
             warnings.warn(

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import Tensor, nn
 
 from .config import TRexConfig
+from .fused import width_of
 from .loading import shapes_of
 from .mixture import Experts, Settings
 from .prior.channel import PriorChannel
@@ -29,7 +30,8 @@ def features_of(layer: Any) -> tuple[int, int]:
     """D_in and D_out of a layer; a token of a convolution is what lies under its kernel."""
     if isinstance(layer, CONVOLUTIONS):
         return layer.in_channels * math.prod(layer.kernel_size), layer.out_channels
-    shape: Any = _get_in_out_features(layer)
+    width = width_of(layer)
+    shape: Any = _get_in_out_features(layer) if width is None else (width, width)
     return shape
 
 

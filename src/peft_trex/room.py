@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from .targets import shape_of
+from .fused import shape_of
 
 # So many numbers, or so many times those in the file, are allowed. 2**26 take 256 MB.
 LEAST, TIMES = 2**26, 4

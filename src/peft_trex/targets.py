@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import math
 import re
 import subprocess
 import sys
@@ -14,9 +12,10 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import TaskType
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .fused import add_targets, check_fused, named_blocks, width_of
 from .quantized import scheme_of
 from .unsuited import CONVOLUTIONS, Reason, unsuited_layers
 
@@ -52,8 +51,6 @@ REFUSED = {
         "linear layers"
     ),
 }
-# Before transformers 5 put the linear layers of all experts into one parameter, they had these names.
-FORMER_EXPERT_NAMES = {"gate_up_proj": ("gate_proj", "up_proj", "w1", "w3"), "down_proj": ("w2",)}
 
 
 def check_patterns(config: Any, model: nn.Module) -> None:
@@ -111,27 +108,30 @@ def try_patterns(patterns: Iterable[tuple[str, str, str]], names: list[str]) -> 
 
 
 def settle_targets(config: Any, model: nn.Module) -> Any:
-    """Write into a configuration what its target_modules and exclude_modules mean in this model, and return it.
+    """Write into a configuration what its targets and exclude_modules mean in this model, and return it.
+
+    Blocks of experts that `target_parameters` names become targets among the modules.
 
     Raises:
-        ValueError: if a target is held in one three-dimensional parameter with others, or is a linear layer that an
-            adapter cannot be put into.
+        ValueError: if a target is a parameter of experts, or a linear layer that an adapter cannot be put into, or
+            `target_parameters` names what is none of a block of experts.
     """
     if config.target_modules is None:
         config.target_modules = "all-linear"
     all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
-    unsuited = unsuited_layers(model)
+    unsuited, blocks = unsuited_layers(model), named_blocks(config, model)
     if all_linear:
         _leave_out(config, model, unsuited)
     else:
         _check_suited(config, unsuited)
-    _check_fused_experts(config, model, all_linear)
+    check_fused(config, model, all_linear, blocks)
     if all_linear:
         _maybe_include_all_linear_layers(config, model)
         config.target_modules |= _quantised_layers(model)
         if config.layers_to_transform is not None:
             # PEFT picks no layers from names in full, so the last part of each name stands for it.
             config.target_modules = {name.rpartition(".")[2] for name in config.target_modules}
+    add_targets(config, blocks, model)
     return config
 
 
@@ -181,62 +181,6 @@ def _quantised_layers(model: nn.Module) -> set[str]:
     return {path for path, module in others.items() if not isinstance(module, nn.Linear) and scheme_of(module)}
 
 
-def _check_fused_experts(config: Any, model: nn.Module, all_linear: bool) -> None:
-    """Refuse targets that are experts held in one three-dimensional parameter, and warn where such are left out."""
-    anything = copy.copy(config)
-    anything.target_modules = ".*"
-    left_out: dict[str, int] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)) or scheme_of(module) is not None:
-            continue
-        for name, parameter in module.named_parameters(recurse=False):
-            shape = shape_of(parameter)
-            # Modules that are excluded or trained in full are no targets.
-            if len(shape) != 3 or not check_target_module_exists(anything, path):
-                continue
-            targets = [] if all_linear else _targets_of_expert(config, path, name)
-            for target in targets:
-                # PEFT shortens long lists, so a name that fits linear layers too may mean these alone.
-                if isinstance(config.target_modules, str) or not _names_a_layer(target, model):
-                    raise ValueError(
-                        f"target_modules names {target!r}, which in {path} is the parameter {name} of shape {shape}: "
-                        "T-REX adapts linear layers, not experts that are held in one three-dimensional parameter. "
-                        "Take the name out of target_modules, or, if it is to match linear layers elsewhere, add "
-                        f"exclude_modules={[path.rpartition('.')[2]]}."
-                    )
-            if targets or (all_linear and "expert" in f"{path}.{type(module).__name__}".lower()):
-                left_out[path] = left_out.get(path, 0) + math.prod(shape)
-    if left_out and not config.inference_mode:
-        total = sum(math.prod(shape_of(parameter)) for parameter in model.parameters())
-        names = [*list(left_out)[:2], "..."][: len(left_out)]
-        warnings.warn(
-            f"The experts in {', '.join(names)} are not adapted: T-REX adapts linear layers, and these hold "
-            f"{100 * sum(left_out.values()) / total:.0f} % of the model's weights in three-dimensional parameters.",
-            stacklevel=2,
-        )
-
-
-def shape_of(parameter: Tensor) -> tuple[int, ...]:
-    """The shape of a parameter, also where DeepSpeed's ZeRO-3 shards it."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def _targets_of_expert(config: Any, path: str, name: str) -> list[str]:
-    """The targets that mean a parameter of experts, by its name or its module's, or by a former name."""
-    keys = [path, f"{path}.{name}", *(f"{path}.0.{former}" for former in FORMER_EXPERT_NAMES.get(name, ()))]
-    keys = [key for key in keys if check_target_module_exists(config, key)]
-    if isinstance(config.target_modules, str):
-        return [config.target_modules] if keys else []
-    return sorted(target for target in config.target_modules if any(f".{key}".endswith(f".{target}") for key in keys))
-
-
-def _names_a_layer(target: str, model: nn.Module) -> bool:
-    """Whether a target fits the name of a linear layer."""
-    modules = [module for path, module in model.named_modules() if f".{path}".endswith(f".{target}")]
-    # Quantised layers of any library have this attribute.
-    return any(isinstance(module, (Conv1D, BaseTunerLayer)) or hasattr(module, "in_features") for module in modules)
-
-
 def check_target(target: nn.Module, path: str) -> None:
     """Raise a ValueError if a module is none that T-REX can adapt."""
     layer: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
@@ -248,12 +192,15 @@ def check_target(target: nn.Module, path: str) -> None:
     if isinstance(layer, CONVOLUTIONS):
         _check_convolution(layer, path)
         return
+    if width_of(layer) is not None:
+        return
     plain = isinstance(layer, (nn.Linear, Conv1D)) and layer.weight.is_floating_point()
     if not plain and scheme_of(layer) is None:
         raise ValueError(
             f"The target module {path} is a {type(layer).__name__}; T-REX adapts torch.nn.Linear, Conv1d, Conv2d "
-            "and Conv3d and transformers' Conv1D with floating-point weights, and quantised linear layers that PEFT "
-            "knows. Name such layers in target_modules, or leave this one out with exclude_modules."
+            "and Conv3d and transformers' Conv1D with floating-point weights, quantised linear layers that PEFT "
+            "knows, and blocks of experts in three-dimensional parameters. Name such layers in target_modules, or "
+            "leave this one out with exclude_modules."
         )
 
 

@@ -51,7 +51,6 @@ OF_LORA = {
     "runtime_config": "leave it out, T-REX's parameters are where those of the layer are",
     "megatron_config": MEGATRON,
     "megatron_core": MEGATRON,
-    "target_parameters": "write target_modules with the names of linear layers, T-REX adapts no bare parameters",
     "trainable_token_indices": (
         "write modules_to_save with the name of the token embedding, of which all rows are then trained, T-REX trains "
         "no choice of them"

@@ -217,7 +217,8 @@ CASES = {
     "mixtral": Case(
         lambda: _made(MixtralForCausalLM, MixtralConfig, num_key_value_heads=2, num_local_experts=4),
         targets=8,
-        warns=r"experts in model.layers.0.mlp.experts, model.layers.1.mlp.experts are not adapted.* 7\d %",
+        warns=r"experts in model.layers.0.mlp.experts, model.layers.1.mlp.experts are not adapted.* 7\d %.*"
+        r"target_parameters=\['experts.down_proj'\] adapts each block",
     ),
     "qwen3 moe": Case(  # its first layer has no experts
         lambda: _made(Qwen3MoeForCausalLM, Qwen3MoeConfig, head_dim=8, mlp_only_layers=[0], **EXPERTS),
@@ -412,11 +413,10 @@ def test_padding_on_either_side_changes_nothing(name):
         (["experts.down_proj"], "experts.down_proj", "down_proj"),
         (["q_proj", "w1", "w3"], "w1", "gate_up_proj"),
         (["q_proj", "w2"], "w2", "down_proj"),
-        (["q_proj", "experts"], "experts", "gate_up_proj"),
         (r".*\.(q_proj|up_proj)", r".*\.(q_proj|up_proj)", "gate_up_proj"),
     ],
 )
-def test_experts_in_one_parameter_are_refused_by_name(kind, targets, target, parameter):
+def test_experts_in_one_parameter_are_refused_by_its_name(kind, targets, target, parameter):
     base = CASES[kind].make()
     shape = tuple(getattr(base.model.layers[1].mlp.experts, parameter).shape)
     with pytest.raises(ValueError, match=r"exclude_modules=\['experts'\]") as caught:
@@ -424,7 +424,8 @@ def test_experts_in_one_parameter_are_refused_by_name(kind, targets, target, par
     said = (
         f"target_modules names {target!r}, which in model.layers.{int(kind != 'mixtral')}.mlp.experts is the parameter"
     )
-    assert str(caught.value).startswith(f"{said} {parameter} of shape {shape}: T-REX adapts linear layers")
+    instead = f"it is no module. Write target_parameters=['experts.{parameter}'], which"
+    assert str(caught.value).startswith(f"{said} {parameter} of shape {shape}: {instead}")
     assert not any(isinstance(module, TRexLayer) for module in base.modules())
     assert all(weight.requires_grad for weight in base.parameters())
 

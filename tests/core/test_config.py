@@ -30,7 +30,7 @@ def test_overrides_of_the_recommended_form_win():
 def test_each_field_has_its_explanation_and_the_docstring_has_the_same():
     documented = " ".join(TRexConfig.__doc__.split())
     knobs = [field for field in dataclasses.fields(TRexConfig) if field.name in TRexConfig.__annotations__]
-    assert len(knobs) == 35
+    assert len(knobs) == 36
     for knob in knobs:
         assert documented.count(f" {knob.name}: {knob.metadata['help']} ") == 1
 

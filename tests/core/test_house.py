@@ -17,13 +17,13 @@ FILES = sorted((SOURCE / "peft_trex").rglob("*.py"))
 FLOORS = [
     {"callers", "mixture", "quantized", "source", "undo", "version"},
     {"fast"},
-    {"router_losses", "unsuited"},
+    {"fused", "router_losses", "unsuited"},
     {"prior"},
     {
         *("card", "checks", "config", "keys", "loading", "room", "saved_rows", "targets", "words"),
         *("registration", "peft_patches", "transformers_patches"),
     },
-    {"convolution", "layer", "parameters"},
+    {"convolution", "expert_block", "layer", "parameters"},
     {"model"},
     {"data_pass", "notes", "steer"},
     {"fit"},

@@ -30,7 +30,7 @@ class Expected(NamedTuple):
 OTHER = "is about another method"
 NO_METHOD = "is about no method"
 FROM_HUB = "loads weights from a hub that cannot be made here"
-PARAMETERS = "target_parameters is LoRA's: T-REX adapts layers"
+PARAMETERS = "target_parameters names weights for LoRA: T-REX takes it for blocks of experts, each as a whole"
 TOKENS = "trainable_token_indices is LoRA's"
 PATTERNS = "rank_pattern and alpha_pattern are LoRA's"
 COUNTS = "states how many parameters LoRA of rank 8 has"

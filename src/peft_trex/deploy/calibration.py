@@ -127,8 +127,8 @@ def calibrate_trex_merge(
             kept, the closed form if nothing does better. The batches are kept in memory.
 
     Raises:
-        ValueError, TypeError: if there is no such adapter, it is merged, `per_cluster` has no fitted prior to go by,
-            the data have fewer tokens than r_a, or the adapter or the data make NaN.
+        ValueError, TypeError: if there is no such adapter, it is merged or in a block of experts, `per_cluster` has
+            no fitted prior to go by, the data have fewer tokens than r_a, or the adapter or the data make NaN.
     """
     tuner = find_tuner(model)
     config, prior = tuner.config_of(adapter_name), tuner.prior_of(adapter_name)
@@ -145,6 +145,8 @@ def calibrate_trex_merge(
         raise ValueError(f"per_cluster=True goes by the clusters of the prior, which {reason}; set per_cluster=False.")
     check_unmerged(tuner, "the calibration")
     layers, data = tuner.layers_of(adapter_name), Data(dataloader, max_batches, "T-REX merge" if progress else None)
+    for name, layer in layers.items():
+        layer.check_static(name)
     cells = 0 if isinstance(per_cluster, bool) else per_cluster
     clusters = config.num_clusters if per_cluster is True else cells
     if distill_steps or (cells and isinstance(dataloader, Iterator)):

@@ -73,8 +73,9 @@ def save_trex_as_lora(
 
     Raises:
         FileExistsError: if there is something at `path` already.
-        ValueError: if there is no such adapter, `per_cluster` was not calibrated, the adapter trains biases, another
-            method's adapter is in the model, weights are not finite, or chat markers are not in the vocabulary.
+        ValueError: if there is no such adapter, `per_cluster` was not calibrated, the adapter trains biases or is in a
+            block of experts, another method's adapter is in the model, weights are not finite, or chat markers are
+            not in the vocabulary.
     """
     tuner = find_tuner(model)
     config, layers = tuner.config_of(adapter_name), tuner.layers_of(adapter_name)
@@ -126,6 +127,9 @@ def save_trex_as_lora(
 
 
 def _check_exportable(tuner: TRexModel, adapter_name: str, per_cluster: bool) -> None:
+    layers = tuner.layers_of(adapter_name)
+    for name, layer in layers.items():
+        layer.check_static(name)
     bias = tuner.config_of(adapter_name).bias
     if bias != "none":
         raise ValueError(
@@ -138,7 +142,7 @@ def _check_exportable(tuner: TRexModel, adapter_name: str, per_cluster: bool) ->
                 f"Another method's adapter lies in the model ({name}, a {type(module).__name__}), which these LoRA "
                 "would not carry; merge or unload it before T-REX is put on top."
             )
-    static = [layer.trex_static for layer in tuner.layers_of(adapter_name).values()]
+    static = [layer.trex_static for layer in layers.values()]
     if per_cluster and any(adapter_name not in cores or len(cores[adapter_name]) == 1 for cores in static):
         raise ValueError(
             f"The adapter {adapter_name!r} has no static weights for each cluster; call calibrate_trex_merge(model, "
