@@ -5,7 +5,7 @@
 Trains the method as the quality benchmark does (the base model is made on the first call), and gives the share of test
 prompts whose whole answer is right: routed; one LoRA for each cluster, and for fewer, by stock PEFT and the exported
 router; a single merged weight, by each fit, and polished. Without a token router a layer is static within a prompt:
-there, cells finer than the prior's clusters are tried too, with the exact weights of each cell's mean scores.
+there, groups of prompts finer than the prior's clusters are exported too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from sklearn.cluster import KMeans
 from torch import Tensor
 
 # Where this file runs as a script, Python knows no other folder than this one.
@@ -33,10 +32,9 @@ from quality.methods import METHODS
 from quality.run import Bench, Run, read_experiment
 
 from peft_trex import SemanticRouter, calibrate_trex_merge, save_trex_as_lora
-from peft_trex.mixture import mean_core
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "quality" / "experiments"
-CELLS = (64, 128, 256)
+GROUPS = (64, 128, 256)
 
 
 class Study:
@@ -104,28 +102,6 @@ class Study:
                 count += self.right(served, numbers)
         return count, f"{len(where)} used, joining misses {report.joining_error:.2%}"
 
-    def scores(self, examples: list[Any]) -> Tensor:
-        """(N, K), of prompts."""
-        prior, table = self.model.base_model.prior_of("default"), self.model.get_input_embeddings()
-        with torch.no_grad():
-            means = [table(torch.tensor(one["prompt"])).mean(0) for one in examples]
-            return prior.score(torch.stack(means))
-
-    def in_cells(self, cells: int, prompts: int = 4096) -> int:
-        """With the exact static weights of the mean scores in each of so many cells of prompts."""
-        known, wanted = self.scores(self.train[:prompts]), self.scores(self.test)
-        fitted = KMeans(cells, n_init=1, random_state=0).fit(known.numpy())
-        labels, chosen = torch.as_tensor(fitted.labels_), torch.as_tensor(fitted.predict(wanted.numpy()))
-        layers, count = self.model.base_model.layers_of("default"), 0
-        for cell in chosen.unique().tolist():
-            mean = known[labels == cell].mean(0)
-            for layer in layers.values():
-                prior = layer._prior("default", mean[None])
-                core = mean_core(layer.experts_of("default"), prior, layer.trex_settings["default"]).detach()
-                layer.keep_static("default", core[None])
-            count += self.merged((chosen == cell).nonzero()[:, 0].tolist())
-        return count
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -158,8 +134,10 @@ def main() -> None:
             warnings.simplefilter("ignore")
             show("routed", study.right(study.model, every))
             if not study.model.peft_config["default"].use_router:
-                for cells in CELLS:
-                    show(f"one weight for each of {cells} cells", study.in_cells(cells))
+                for groups in GROUPS:
+                    report = calibrate_trex_merge(study.model, data, per_cluster=groups, fit="core", progress=False)
+                    count, more = study.exported()
+                    show(f"one LoRA for each of {groups} groups", count, f"misses {report.cluster_error:.2%}; {more}")
             for steps in sorted({0, arguments.distill}):
                 polished = f", {steps} steps" if steps else ""
                 report = calibrate_trex_merge(

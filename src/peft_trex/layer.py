@@ -14,10 +14,11 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import TRexConfig
 from .fast.base import Base, separable
-from .fast.core import fold
+from .fast.core import Folded, fold
 from .fast.dispatch import add_mixture, is_fast
-from .mixture import Experts, Settings, mean_core, num_experts, router_logits, weigh_experts
-from .parameters import TRexParameters
+from .fast.one_token import OneToken, Stamp
+from .mixture import Experts, mean_core, num_experts, router_logits, weigh_experts
+from .parameters import KINDS, TRexParameters
 from .prior.channel import PriorChannel
 from .quantized import Scheme, check_mergeable, read_weight, restore_weight, write_weight
 
@@ -28,12 +29,13 @@ APPROXIMATE = (
     "calibrate_trex_merge(model, dataloader) first, which finds the best static weights (79 % there) and says what "
     "they miss."
 )
-# Without a router, the experts' weights come of the scores and these.
-SOURCES = ("trex_map", "trex_core", "trex_omega", "trex_gate")
+SOURCES = (*KINDS, "trex_map", "trex_core")
 
 
 class TRexLayer(TRexParameters):
     """The T-REX adapters of one layer; [`Linear`] has the equation."""
+
+    training: bool
 
     def _prior(self, adapter_name: str, scores: Tensor | None) -> Tensor | None:
         """Prior of each expert (..., E) from the scores of the clusters (..., K); None stands for zero in both."""
@@ -69,27 +71,37 @@ class TRexLayer(TRexParameters):
             prior = x.new_zeros(1, num_experts(len(experts.A), experts.B.shape[1], layout))
         return prior
 
-    def _fold(
-        self, adapter_name: str, x: Tensor, experts: Experts, shared: bool
-    ) -> tuple[Experts, Tensor | None, Settings]:
-        """The experts, their weights in the prior's place, and settings for these: [`fold`], without a router.
+    def _fold(self, adapter_name: str, x: Tensor, experts: Experts, shared: bool) -> Folded:
+        """The experts' weights of an adapter without a router: those that are kept, or new ones, which then are."""
+        keeps = not (shared or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        stamp = self._stamp(adapter_name, x) if keeps else None
+        former, folded = self._kept.get(adapter_name, (None, None))
+        if stamp is not None and former is not None and isinstance(folded, Folded) and former.holds(stamp.scores):
+            return folded
+        folded = fold(experts, self._prior_for(adapter_name, x, experts, shared), self.trex_settings[adapter_name])
+        if stamp is not None:
+            self._kept[adapter_name] = stamp, folded
+        return folded
 
-        A generate call has the same weights for all of an answer's tokens. They are kept as long as the call goes on
-        with the very same scores and parameters.
+    def _stamp(self, adapter_name: str, x: Tensor) -> Stamp | None:
+        """What the tokens of a prompt have in common; None where that cannot be kept from one to the next.
+
+        All tokens of an answer have the very same scores, within a generate call and by hand. Without scores nothing
+        would tell one prompt from another.
         """
-        state, kept, folded = self._channel.running.state, None, None
-        if state is not None and not (shared or torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            kept = state.kept
-        if kept is not None:
-            scores, parameters = self.scores_of(adapter_name, x), self._find(SOURCES, adapter_name)
-            folded = kept.get((self, adapter_name))
-            folded = folded if folded is not None and folded.is_of(scores, parameters) else None
-        if folded is None:
-            prior = self._prior_for(adapter_name, x, experts, shared)
-            folded = fold(experts, prior, self.trex_settings[adapter_name])
-            if kept is not None and folded.stamp(scores, parameters):
-                kept[self, adapter_name] = folded
-        return Experts(experts.A, experts.B), folded.weights, folded.settings
+        state = self._channel.running.state
+        scores = None if state is None else state.scores.get(adapter_name)
+        # Scores of each token take memory, and those that were made for this input alone will not come again.
+        if scores is None or scores.dim() != 2 or self.scores_of(adapter_name, x) is not scores:
+            return None
+        places: list[Any] = [self.trex_settings, self.trex_chosen]
+        for kind, parameter in zip(SOURCES, self._find(SOURCES, adapter_name), strict=True):
+            place = self._modules[kind]._parameters  # type: ignore[attr-defined]
+            # Parameters of inference mode, or that something wraps or shards, do not tell when they change.
+            if place.get(adapter_name) is not parameter or (parameter is not None and parameter.is_inference()):
+                return None
+            places.append(place)
+        return Stamp(scores, adapter_name, places)
 
     @torch.no_grad()
     def static_factors(self, adapter_name: str, clusters: Mapping[int, float] | None = None) -> tuple[Tensor, Tensor]:
@@ -157,23 +169,34 @@ class TRexLayer(TRexParameters):
         return weights.expand(*x.shape[:-1], weights.shape[-1])
 
     def cluster_of(self, x: Tensor, adapter_name: str = "default") -> Tensor:
-        """The cluster in [0, K) of each token's prompt, K where that has no token: (...) for [`tokens_of`] the input.
+        """The group of each token's prompt, [`SemanticPrior.group_of`]: (...) for [`tokens_of`] the input.
 
         It can be called where `expert_weights` can; the adapter's prior must be fitted.
         """
         x = self.tokens_of(x)
         scores = self.scores_of(adapter_name, x)
         assert scores is not None
-        clusters = torch.where(scores.any(-1), scores.argmax(-1), scores.shape[-1])
+        clusters = self._channel.priors[adapter_name].group_of(scores)  # type: ignore[operator]
         return clusters.reshape(*clusters.shape, *[1] * (x.dim() - 1 - clusters.dim())).expand(x.shape[:-1])
 
     def _add_adapter(self, adapter_name: str, base: Base) -> Tensor:
         """The base layer's output plus the adapter's, (..., D_out)."""
+        stamp, kept = self._kept.get(adapter_name, (None, None))
+        if stamp is not None and isinstance(kept, OneToken) and self._is_one_token(base.x):
+            state = self._channel.running.state
+            if state is not None and stamp.holds(state.scores.get(adapter_name)):
+                return kept.add(base)
         experts = self.experts_of(adapter_name)
         if experts.A.is_meta and hasattr(self.trex_A, "_hf_hook"):
             with self._onloaded():
                 return self._add_adapter(adapter_name, base)
         return self._add(adapter_name, base, experts)
+
+    def _is_one_token(self, x: Tensor) -> bool:
+        """Whether an input of a layer that is no longer trained is one token, on a CPU and as it is."""
+        if self.training or torch.is_grad_enabled() or not x.is_cpu or x.dim() != 3 or x.shape[:2] != (1, 1):
+            return False
+        return is_fast(x, x) and not self.takes_positions and not torch.is_autocast_enabled("cpu")
 
     def _add(self, adapter_name: str, base: Base, experts: Experts) -> Tensor:
         x, settings, fused = base.x, self.trex_settings[adapter_name], self.trex_fused[adapter_name]
@@ -184,10 +207,18 @@ class TRexLayer(TRexParameters):
             x = self._cast_input_dtype(x, dtype)
         shared = self.takes_positions and self._channel.is_position(base.x)
         prior: Tensor | None
+        one = fused and self._is_one_token(base.x) and OneToken.suits(experts, settings)
+        stamp = self._stamp(adapter_name, x) if one else None
         if fused and experts.router is None:
-            experts, prior, settings = self._fold(adapter_name, x, experts, shared)
+            prior, settings = self._fold(adapter_name, x, experts, shared)
+            experts = Experts(experts.A, experts.B)
         else:
             prior = self._prior_for(adapter_name, x, experts, shared)
+        if one:
+            adding = OneToken(experts, prior, settings)
+            if stamp is not None:
+                self._kept[adapter_name] = stamp, adding
+            return adding.add(base)
         dropout = self._modules["trex_dropout"]._modules[adapter_name]  # type: ignore[attr-defined]
         if type(dropout) is not nn.Identity:
             x = dropout(x)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .fused import shape_of
-from .prior.token_rows import TOKEN_IDS, TOKEN_ROWS
+from .prior.semantic_prior import OPTIONAL
 from .room import note_file
 from .targets import size_patterns, try_patterns
 from .version import VERSION
@@ -191,26 +191,36 @@ def check_against_config(folder: str, config: Any) -> None:
             )
 
 
-def split_static(
-    layers: Mapping[str, Any], adapter_name: str, num_clusters: int, tensors: Mapping[str, Tensor]
+def split_calibrated(
+    layers: Mapping[str, Any], adapter_name: str, num_clusters: int, cells: str, tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The calibrated static weights of a file by the names of the layers, the adapter's, and its other tensors.
+    """What a calibration has left in a file, by its keys in the model, and the file's other tensors.
 
-    Raises a WrongShape if static weights have a wrong shape, or only some of the layers have them.
+    That are the static weights of the layers, the adapter's, by the layers' names, and perhaps the prior's cells, by
+    this key. Raises a WrongShape if one has a wrong shape, or only some of the layers have static weights.
     """
     static = {name: tensors[key] for name in layers if (key := f"{name}.{STATIC}") in tensors}
+    found = {cells: tensors[cells]} if cells in tensors else {}
+    groups = len(found[cells]) if found and found[cells].dim() == 2 else num_clusters
+    if found and (not static or tuple(found[cells].shape) != (groups, num_clusters)):
+        raise WrongShape(
+            f"The T-REX tensor {cells} has shape {tuple(found[cells].shape)} in the file; expected (any, "
+            f"{num_clusters}), and static weights beside it. {FOREIGN}, or calibrate the adapter again."
+        )
     sets = mode(weights.shape[:1] for weights in static.values()) if static else None
     for name, layer in layers.items() if static else ():
         shape = tuple(static[name].shape) if name in static else None
         (r_a, width), r_b = layer.trex_A[adapter_name].shape, layer.trex_B[adapter_name].shape[1]
-        expected = {(count, r_b, columns) for count in (1, 1 + num_clusters) for columns in (r_a, width)}
+        expected = {(count, r_b, columns) for count in (1, 1 + groups) for columns in (r_a, width)}
         if shape not in expected or shape[:1] != sets:
             raise WrongShape(
                 f"The T-REX tensor {name}.{STATIC} {'has shape ' + str(shape) if shape else 'is not'} in the file; "
-                f"expected (1 or {1 + num_clusters}, {r_b}, {r_a} or {width}), and as many sets as the other layers "
+                f"expected (1 or {1 + groups}, {r_b}, {r_a} or {width}), and as many sets as the other layers "
                 f"have. {FOREIGN}, or remove these of all layers and calibrate the adapter again."
             )
-    return static, {key: tensor for key, tensor in tensors.items() if key.removesuffix(f".{STATIC}") not in static}
+    found |= {f"{name}.{STATIC}.{adapter_name}": weights for name, weights in static.items()}
+    taken = {cells, *(f"{name}.{STATIC}" for name in static)}
+    return found, {key: tensor for key, tensor in tensors.items() if key not in taken}
 
 
 def _is_own(key: str) -> bool:
@@ -292,8 +302,8 @@ def _is_finite(tensor: Tensor) -> bool:
 def check_shapes(module: nn.Module, tensors: Mapping[str, Any], prefix: str, *rest: Any) -> None:
     """A hook before weights are loaded: raise a WrongShape before the first is copied, where torch would after all."""
     for key, tensor in module.state_dict(prefix=prefix, keep_vars=True).items():
-        # A prior takes over as many rows of its own as there are, and a layer such static weights.
-        if key not in tensors or key.endswith((f".{TOKEN_IDS}", f".{TOKEN_ROWS}")) or f".{STATIC}." in key:
+        # A prior takes over as many cells and rows of its own as there are, and a layer such static weights.
+        if key not in tensors or key.endswith(tuple(f".{name}" for name in OPTIONAL)) or f".{STATIC}." in key:
             continue
         # Where ZeRO-3 shards parameters, its own files hold as little as they do.
         if tensors[key].shape not in (shape_of(tensor), tensor.shape):

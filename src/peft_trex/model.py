@@ -19,14 +19,14 @@ from .config import TRexConfig
 from .convolution import layer_for
 from .keys import for_model, for_peft
 from .layer import APPROXIMATE, TRexLayer
-from .loading import PREFIX, STATIC, check_shapes, check_tensors, check_values, newer_writer, shapes_of, split_static
+from .loading import PREFIX, check_shapes, check_tensors, check_values, newer_writer, shapes_of, split_calibrated
 from .parameters import features_of
 from .prior.adapters import find_embedding, is_trex
 from .prior.hooks import PromptWatch
 from .prior.priors import Priors
 from .prior.reach import modules_outside, tell_layers
 from .prior.rows import RowAdapters, running_by_row
-from .prior.semantic_prior import SemanticPrior
+from .prior.semantic_prior import CELLS, SemanticPrior
 from .quantized import former_weights, keep_trainable, release
 from .room import Room
 from .saved_rows import SavedRows
@@ -285,20 +285,21 @@ class TRexModel(BaseTuner):
         layers = {name: layer for name, layer in layers.items() if adapter_name in layer.trex_A}
         saved_rows = SavedRows(model, find_tuner(model).prompts.scorer, adapter_name)
         rows, others = saved_rows.split(for_model(model, adapter_name, state_dict))
-        static, others = split_static(layers, adapter_name, config.num_clusters, others)
+        cells = f"{saved_rows.place}.{CELLS}"
+        calibrated, others = split_calibrated(layers, adapter_name, config.num_clusters, cells, others)
         tensors = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, others)
         # Parameters themselves tell their shape where ZeRO-3 shards them.
         in_model = saved_rows.split(model.state_dict(keep_vars=True))[1]
+        in_model.pop(cells, None)
         saved = super()._get_adapter_state_dict(model, config, adapter_name, in_model, [])
         biases = {key for key in saved if key.endswith("bias") and ".modules_to_save." not in key}
         embeddings = saved_rows.check_embeddings(model, tensors, in_model)
         newer = newer_writer(config.peft_trex_version)
         check_tensors(adapter_name, in_model, tensors, biases | embeddings, newer)
-        cores = {f"{name}.{STATIC}": weights for name, weights in static.items()}
-        check_values(cores, in_model)
+        check_values(calibrated, in_model)
         find_tuner(model).card_notes.pop(adapter_name, None)
-        # A layer makes room for its static weights, or drops them, when they are loaded.
-        return tensors | saved_rows.for_model(rows, tensors) | {f"{key}.{adapter_name}": cores[key] for key in cores}
+        # A layer makes room for its static weights, or drops them, when they are loaded; so does a prior for cells.
+        return tensors | saved_rows.for_model(rows, tensors) | calibrated
 
     def calibrated_adapters(self) -> set[str]:
         """The adapters that have static weights, which merging uses; see [`calibrate_trex_merge`]."""

@@ -86,6 +86,8 @@ class TRexParameters(BaseTunerLayer):
         self.trex_settings: dict[str, Settings] = {}
         self.trex_fused: dict[str, bool] = {}
         self.trex_uses_prior: dict[str, bool] = {}
+        # What the tokens of the prompt that ran last have in common, for the next token of it.
+        self._kept: dict[str, tuple[Any, Any]] = {}
         # A prior reaches the layers of the text model; the tuner says which these are.
         self.trex_reached: dict[str, bool] = {}
         # A layer that is called with hidden states and with relative positions must tell them apart.
@@ -126,6 +128,7 @@ class TRexParameters(BaseTunerLayer):
         self.trex_uses_prior[adapter_name] = config.use_prior
         self.trex_reached[adapter_name] = True
         self.trex_chosen.pop(adapter_name, None)
+        self._kept.pop(adapter_name, None)
         if config.use_prior and not config.learned_map and experts < config.num_experts:
             # No state dict has it, so it must not be made on the meta device, as parameters may be.
             self.trex_chosen[adapter_name] = torch.tensor(config.experts_of(layer_name), device="cpu")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any, NamedTuple, get_args
@@ -27,6 +27,7 @@ from ..layer import TRexLayer
 from ..model import find_tuner
 from ..parameters import Kinship
 from ..undo import Snapshot, Undone
+from .cells import find_cells
 from .distill import Polish, polish
 from .gather import Features, Fit, Plan, Sums, gather, make_plan
 from .moments import RIDGE, Moments, ridge
@@ -86,7 +87,7 @@ def calibrate_trex_merge(
     dataloader: Iterable[Mapping[str, Any]],
     *,
     adapter_name: str = "default",
-    per_cluster: bool = False,
+    per_cluster: bool | int = False,
     fit: Fit = "auto",
     memory_gb: float = 2.0,
     distill_steps: int = 0,
@@ -107,7 +108,10 @@ def calibrate_trex_merge(
         adapter_name, max_batches, progress: as for [`routing_report`].
         per_cluster: fit the tokens of each cluster of prompts besides those of all, for [`save_trex_as_lora`]. A
             cluster is drawn to the weights of all tokens as if it had seen r_a of these more; for "input" to these
-            weights or to its own best core, whichever misses less, as if it had seen D_in tokens more.
+            weights or to its own best core, whichever misses less, as if it had seen D_in tokens more. A number
+            instead of True asks for so many groups of prompts, which the data's own prompts tell; the data are read
+            once more for that. Without a token router an adapter's weights hang on the prompt alone, so that more
+            groups than the prior has clusters leave next to nothing to miss. Groups count as clusters everywhere.
         fit: "core" finds the best (r_b, r_a) matrix between A and B, with a few hundred numbers for each layer in
             memory and in the adapter's file. "input" finds the best (r_b, D_in) matrix before B. It sums up (D_in,
             D_in) moments for each set of tokens, once for layers that read the same tensor (q, k and v), and reads the
@@ -130,6 +134,8 @@ def calibrate_trex_merge(
     config, prior = tuner.config_of(adapter_name), tuner.prior_of(adapter_name)
     check_count("max_batches", max_batches)
     check_count("distill_steps", distill_steps, least=0, none=False)
+    if not isinstance(per_cluster, bool):
+        check_count("per_cluster", per_cluster, none=False)
     if fit not in get_args(Fit):
         raise ValueError(f"fit={fit!r} is unknown; use one of {get_args(Fit)}.")
     if isinstance(memory_gb, bool) or not isinstance(memory_gb, (int, float)) or not 0 <= memory_gb < math.inf:
@@ -138,33 +144,38 @@ def calibrate_trex_merge(
         reason = "is not fitted" if config.use_prior else "is switched off (use_prior=False)"
         raise ValueError(f"per_cluster=True goes by the clusters of the prior, which {reason}; set per_cluster=False.")
     check_unmerged(tuner, "the calibration")
-    layers, clusters = tuner.layers_of(adapter_name), config.num_clusters if per_cluster else 0
+    layers, data = tuner.layers_of(adapter_name), Data(dataloader, max_batches, "T-REX merge" if progress else None)
     for name, layer in layers.items():
         layer.check_static(name)
-    data = Data(dataloader, max_batches, "T-REX merge" if progress else None)
-    if distill_steps:
-        data = replace(data, batches=_read(data))
-    plan = make_plan(model, adapter_name, data, 1 + clusters, (fit, int(memory_gb * 2**30)))
-    solutions = _solve_all(model, adapter_name, plan, 1 + clusters, fit)
-    report = _report(solutions, clusters)
-    if distill_steps:
-        statics = {name: solution.static for name, solution in solutions.items()}
-        statics, polished = polish(model, adapter_name, data, statics, distill_steps)
-        solutions = {name: solution._replace(static=statics[name]) for name, solution in solutions.items()}
-        report = replace(report, polished=polished)
-    with Undone(Snapshot(tuner)):
-        for name, layer in layers.items():
-            layer.keep_static(adapter_name, solutions[name].static, solutions[name].kinship if per_cluster else None)
-        tuner.card_notes.setdefault(adapter_name, {})["merge"] = report
+    cells = 0 if isinstance(per_cluster, bool) else per_cluster
+    clusters = config.num_clusters if per_cluster is True else cells
+    if distill_steps or (cells and isinstance(dataloader, Iterator)):
+        data = replace(data, batches=_read(data, least=2 if distill_steps else 0))
+    with Undone(*[] if prior is None else [Snapshot(prior)]):
+        if prior is not None:
+            prior.cells = find_cells(model, adapter_name, data, cells).to(prior.mean.device) if cells else None
+        plan = make_plan(model, adapter_name, data, 1 + clusters, (fit, int(memory_gb * 2**30)))
+        solutions = _solve_all(model, adapter_name, plan, 1 + clusters, fit)
+        report = _report(solutions, clusters)
+        if distill_steps:
+            statics = {name: solution.static for name, solution in solutions.items()}
+            statics, polished = polish(model, adapter_name, data, statics, distill_steps)
+            solutions = {name: solution._replace(static=statics[name]) for name, solution in solutions.items()}
+            report = replace(report, polished=polished)
+        with Undone(Snapshot(tuner)):
+            for name, layer in layers.items():
+                kinship = solutions[name].kinship if per_cluster else None
+                layer.keep_static(adapter_name, solutions[name].static, kinship)
+            tuner.card_notes.setdefault(adapter_name, {})["merge"] = report
     return report
 
 
-def _read(data: Data) -> list[Any]:
-    """The batches, which are read once."""
+def _read(data: Data, least: int) -> list[Any]:
+    """The batches, which are read once; a ValueError if they are fewer than a polish needs."""
     reading = Reading(replace(data, title=None))
     with Undone(reading), reading as batches:
         found = list(batches)
-    if len(found) < 2:
+    if len(found) < least:
         raise ValueError(
             f"distill_steps holds a part of the data out, but the dataloader gave {len(found)} batches; give at least "
             "two, which may be smaller."

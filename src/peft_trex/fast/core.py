@@ -5,9 +5,7 @@ Axis legend: N tokens, P rows of the prior, each for N / P tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from operator import is_
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,36 +13,16 @@ from torch import Tensor
 from ..mixture import Experts, Layout, Settings, weigh_experts
 
 
-@dataclass
-class Folded:
-    """The experts' weights of a layer without a router, and what they were computed from.
+class Folded(NamedTuple):
+    """The experts' weights of a layer without a router.
 
     Attributes:
         weights: G (P, ..., E), float32 or wider, with omega and the gate.
         settings: those of a mixture that takes the weights for its prior.
-        sources: the scores and the parameters, which are held so that nothing else can take their places in memory.
-        versions: how often each of the parameters had been changed in place.
     """
 
-    weights: Tensor | None
+    weights: Tensor
     settings: Settings
-    sources: Sequence[Tensor | None] = ()
-    versions: Sequence[int] = ()
-
-    def stamp(self, scores: Tensor | None, parameters: Sequence[Tensor | None]) -> bool:
-        """Note the sources; False if the parameters do not tell when they change, as inference mode makes them."""
-        if any(parameter is not None and parameter.is_inference() for parameter in parameters):
-            return False
-        self.sources, self.versions = (scores, *parameters), _versions(parameters)
-        return True
-
-    def is_of(self, scores: Tensor | None, parameters: Sequence[Tensor | None]) -> bool:
-        """Whether the weights would be the same if they were computed anew from these."""
-        return all(map(is_, self.sources, (scores, *parameters))) and self.versions == _versions(parameters)
-
-
-def _versions(parameters: Sequence[Tensor | None]) -> list[int]:
-    return [parameter._version for parameter in parameters if parameter is not None]
 
 
 def fold(experts: Experts, prior: Tensor | None, settings: Settings) -> Folded:

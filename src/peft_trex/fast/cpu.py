@@ -128,24 +128,20 @@ def decode(output: Tensor, x: Tensor, experts: Experts, prior: Tensor | None, se
         A, B = A.float(), B.float()
         router = None if router is None else router.float()
         router_down = None if router_down is None else router_down.float()
-    # One row is a vector, and products with it take half as long.
-    alone = x.shape[0] == 1
-    multiply = (lambda x, weight: torch.mv(weight, x)) if alone else F.linear
     # A copy of the input is smaller than one of the weights.
-    x = x.view(-1) if alone else x
     x = x if x.dtype == A.dtype else x.to(A.dtype)
-    a = multiply(x, A)
+    a = F.linear(x, A)
     a = a.float() if A.dtype in SHORT else a
-    if prior is not None and not alone:
+    if prior is not None:
         prior = prior.view(-1, 1, prior.shape[-1])
     scale = 1.0
     if router is None:
         assert prior is not None
-        G = prior if alone else prior.expand(len(a), 1, -1)
+        G = prior.expand(len(a), 1, -1)
     else:
-        z = multiply(x, router if router_down is None else router_down)
+        z = F.linear(x, router if router_down is None else router_down)
         if router_down is not None:
-            z = multiply(z, router)
+            z = F.linear(z, router)
         if A.dtype in SHORT:
             z = z.float()
         if settings.top_k is not None:
@@ -158,16 +154,10 @@ def decode(output: Tensor, x: Tensor, experts: Experts, prior: Tensor | None, se
                 G = torch.add(G, prior, alpha=scales.prior)
             else:
                 G = torch.add(prior, G, alpha=scales.token)
-    r_a, r_b = A.shape[0], B.shape[1]
     if settings.layout == "paired":
-        m = (a * G).view(a.shape)
-    elif alone:
-        m = torch.mv(G.as_strided((r_b, r_a), (1, r_b)), a)
+        m = a * G
     else:
-        m = torch.matmul(a.unsqueeze(-2), G.view(*a.shape, r_b)).squeeze(-2)
+        m = torch.matmul(a.unsqueeze(-2), G.view(*a.shape, B.shape[1])).squeeze(-2)
     m = m if m.dtype == A.dtype else m.to(A.dtype)
-    if alone and output.dtype == A.dtype:
-        output.view(-1).addmv_(B, m, alpha=scale)
-        return output
     # A delta in another dtype is rounded once, when it has been scaled.
-    return output.add_(multiply(m, B), alpha=scale)
+    return output.add_(F.linear(m, B), alpha=scale)

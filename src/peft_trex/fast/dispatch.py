@@ -34,8 +34,8 @@ def add_mixture(
         output = base.compute()
         return output + apply_experts(x, experts, prior, settings).to(output.dtype)
     if experts.router is None and (experts.omega is not None or experts.gate is not None):
-        folded = fold(experts, prior, settings)
-        experts, prior, settings = Experts(experts.A, experts.B), folded.weights, folded.settings
+        prior, settings = fold(experts, prior, settings)
+        experts = Experts(experts.A, experts.B)
     if not is_fast(base.x, experts.A):
         return add_stacked(base.compute(), x, experts, prior, settings)
     if x is not base.x:

@@ -59,9 +59,10 @@ def save_trex_as_lora(
         model: a model with a T-REX adapter.
         path: the folder, which must not exist yet, or be empty. The files appear in it when all are written.
         adapter_name: the adapter.
-        per_cluster: also save `cluster_00`, `cluster_01`, ..., one adapter for each cluster of prompts, and what
-            chooses between them: `router.json` and `router.safetensors`, for a [`SemanticRouter`], and for readers
-            a copy of its module. They hold the adapter's chat markers, so that the router pools what the model does.
+        per_cluster: also save `cluster_00`, `cluster_01`, ..., one adapter for each cluster of prompts, or each group
+            that [`calibrate_trex_merge`] was asked for, and what chooses between them: `router.json` and
+            `router.safetensors`, for a [`SemanticRouter`], and for readers a copy of its module. They hold the
+            adapter's chat markers, so that the router pools what the model does.
         max_adapters: how many adapters there may be for the clusters, beside "overall". Those whose static weights are
             closest are joined, and share an adapter, which has the name of the first of them; the router sends all of
             their prompts to it. It goes by the data of the calibration, which must have run in this process. None
@@ -79,9 +80,9 @@ def save_trex_as_lora(
     tuner = find_tuner(model)
     config, layers = tuner.config_of(adapter_name), tuner.layers_of(adapter_name)
     _check_exportable(tuner, adapter_name, per_cluster)
-    groups, joining_error = group_clusters(
-        layers, adapter_name, config.num_clusters if per_cluster else 0, max_adapters
-    )
+    prior = tuner.prior_of(adapter_name)
+    number = prior.groups if per_cluster and prior is not None else 0
+    groups, joining_error = group_clusters(layers, adapter_name, number, max_adapters)
     if not per_cluster and adapter_name not in tuner.calibrated_adapters():
         warnings.warn(APPROXIMATE, stacklevel=2)
     peft_model: Any = find_peft_model(model)
@@ -305,7 +306,7 @@ def _save_router(
         "prior_encoder": config.prior_encoder,
         "default": OVERALL,
         "adapters": {name: "." if name == OVERALL else name for name in groups},
-        "clusters": [adapters[index] for index in range(config.num_clusters)],
+        "clusters": [adapters[index] for index in range(prior.groups)],
         "hashes": semantic_router.HASHES,
         **chat,
     }

@@ -15,6 +15,11 @@ from torch.nn import functional as F
 from ..undo import Snapshot, Undone, copies
 from .token_rows import TOKEN_IDS, TOKEN_ROWS, replace_rows
 
+# The name of a tensor that only some priors have, in a prior and in an adapter's file.
+CELLS = "cells"
+# What a prior may be without, and of what size is known from a file alone.
+OPTIONAL = (CELLS, TOKEN_IDS, TOKEN_ROWS)
+
 
 class SemanticPrior(nn.Module):
     """Centroids of the training prompts' embeddings, and the score of a prompt against each of them.
@@ -39,6 +44,7 @@ class SemanticPrior(nn.Module):
     whitening: Tensor | None  # (p, d)
     mean: Tensor  # (d,)
     mean_scores: Tensor  # (K,)
+    cells: Tensor | None  # (m, K), of length one: finer groups than the clusters, which a calibration asked for
     token_ids: Tensor | None  # (n,), rising
     token_rows: Tensor | None  # (n, d)
 
@@ -47,8 +53,8 @@ class SemanticPrior(nn.Module):
         self.fewer_directions = whitened == "auto"
         for name, shape in self.shapes(num_clusters, dim, whitened).items():
             self.register_buffer(name, torch.zeros(shape) if math.prod(shape) else None)
-        self.register_buffer(TOKEN_IDS, None)
-        self.register_buffer(TOKEN_ROWS, None)
+        for name in OPTIONAL:
+            self.register_buffer(name, None)
         self._fitted: bool | None = None
         self.register_load_state_dict_pre_hook(SemanticPrior._make_room)
         self.register_load_state_dict_post_hook(SemanticPrior.look)
@@ -84,9 +90,9 @@ class SemanticPrior(nn.Module):
         return bool(self._fitted)
 
     def _make_room(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        """A hook before a prior is loaded: take over as many rows of the embedding as there are, or none."""
+        """A hook before a prior is loaded: take over as many cells and rows of the embedding as there are, or none."""
         if f"{prefix}centroids" in state_dict:
-            for name in (TOKEN_IDS, TOKEN_ROWS):
+            for name in OPTIONAL:
                 tensor = state_dict.get(prefix + name)
                 setattr(self, name, None if tensor is None else torch.empty_like(tensor, device=self.mean.device))
 
@@ -134,15 +140,27 @@ class SemanticPrior(nn.Module):
         with torch.autocast(device.type, enabled=False):
             return F.normalize(direction.float(), dim=-1) @ self.centroids.to(device).float().T
 
+    @property
+    def groups(self) -> int:
+        """The number of groups that prompts fall into: the cells, or K clusters without any."""
+        return len(self.centroids if self.cells is None else self.cells)
+
+    @torch.no_grad()
+    def group_of(self, scores: Tensor) -> Tensor:
+        """The group in [0, `groups`) that scores (..., K) fall into, and `groups` where all are zero: (...), int64."""
+        by_group = scores if self.cells is None else scores @ self.cells.to(scores).T
+        return torch.where(scores.any(-1), by_group.argmax(-1), self.groups)
+
     @torch.no_grad()
     def pulled_back(self) -> Tensor:
-        """Vectors (K, d), float32, whose products with `e - mean` are the scores, up to a factor of the prompt's.
+        """Vectors (`groups`, d), float32, of which the one with the highest product with `e - mean` tells the group.
 
-        The longest has length one.
+        Without cells the products are the scores, up to a factor of the prompt's. The longest vector has length one.
         """
-        centroids = self.centroids.float()
-        if self.whitening is None:
-            return centroids
-        with torch.autocast(centroids.device.type, enabled=False):
-            vectors = centroids @ self.whitening.float()
+        vectors = self.centroids.float()
+        if self.whitening is None and self.cells is None:
+            return vectors
+        with torch.autocast(vectors.device.type, enabled=False):
+            vectors = vectors if self.whitening is None else vectors @ self.whitening.float()
+            vectors = vectors if self.cells is None else self.cells.to(vectors) @ vectors
         return vectors / vectors.norm(dim=-1).max().clamp(min=1e-30)

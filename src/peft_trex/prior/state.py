@@ -7,7 +7,7 @@ several), T tokens, K clusters.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,14 +28,12 @@ class ForwardState:
         rows: B.
         lengths: the numbers of tokens that rows have, by which flattened inputs of layers are recognised.
         losses: what the layers add their router losses to, in training.
-        kept: what the layers of a running generate call keep from one token to the next; None outside of one.
     """
 
     scores: Scores
     rows: int
     lengths: tuple[int, ...] = ()
     losses: RouterLosses | None = None
-    kept: dict[Any, Any] | None = None
 
     def for_call(self, rows: int, lengths: tuple[int, ...]) -> ForwardState:
         """The same prompts for a call of `rows` rows: beams and returned sequences stand beside each other."""
@@ -82,7 +80,6 @@ class Generation:
         rows: B.
         cache: what the call's own forwards go on from, once it is known.
         tokens: the number of tokens that its forwards have seen.
-        kept: what its layers keep.
     """
 
     scored: Scored
@@ -90,7 +87,6 @@ class Generation:
     rows: int
     cache: Any = None
     tokens: int = 0
-    kept: dict[Any, Any] = field(default_factory=dict)
 
     def continues(self, inputs: Inputs) -> bool:
         """Whether a forward is part of this call: it goes on from its cache, or repeats its prompt."""
@@ -120,7 +116,7 @@ class Generation:
         scores, tokens = self.scored.scores, inputs.tokens
         if tokens is not None and any(score is not None and score.dim() == 3 for score in scores.values()):
             scores = self.scored.of_tokens(self._start(inputs, tokens.shape[1]), tokens.shape[1])
-        return ForwardState(scores, self.rows, kept=self.kept)
+        return ForwardState(scores, self.rows)
 
     def _start(self, inputs: Inputs, count: int) -> int:
         """The number of tokens before those of a forward."""

@@ -28,11 +28,13 @@ class StaticWeights:
     def forget(self, adapter_name: str) -> None:
         """Drop the static weights of an adapter, which has changed since: those of all layers or none."""
         layers, calibrated = [layer for _, layer in self.adapters.layers()], self.channel.calibrated
-        with Undone(
-            Snapshot(calibrated, *(each for layer in layers for each in (layer.trex_static, layer.trex_kinship)))
-        ):
+        prior = self.adapters.prior_of(adapter_name)
+        held = [each for layer in layers for each in (layer.trex_static, layer.trex_kinship)]
+        with Undone(Snapshot(calibrated, *held, *[] if prior is None else [prior])):
             for layer in layers:
                 layer.keep_static(adapter_name, None)
+            if prior is not None:
+                prior.cells = None
             calibrated.discard(adapter_name)
 
     def forget_trained(self) -> None:
