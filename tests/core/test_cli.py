@@ -132,7 +132,7 @@ def test_calibrate_keeps_the_static_weights_and_what_they_miss(adapter, capsys):
     missed = re.search(r"misses (\S+) of what the adapter adds", capsys.readouterr().out)[1]
     found = facts_of(folder, capsys)["Calibrated"]
     assert re.fullmatch(
-        r"for all prompts and for each of 4 clusters, by the fit to (input|core) in \d+ layers.*", found
+        r"for all prompts and for each of 4 clusters, by the fit to (input or leading|core) in \d+ layers.*", found
     )
     assert f"| Merged | misses {missed} of what the adapter adds" in Path(folder, "README.md").read_text()
     assert not list(Path(folder).glob(".part-*"))
