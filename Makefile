@@ -143,7 +143,9 @@ $(LLAMA)/serve: $(VENV)/demo
 	$(BIN)/python -m pip install --quiet --no-deps --target $(LLAMA)/python xllamacpp==2026.10.11549
 	$(BIN)/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(LLAMA) \
 		llama-cpp-python==$(LLAMA_SOURCES:llama_cpp_python-%=%)
-	tar -xzf $(LLAMA)/$(LLAMA_SOURCES).tar.gz -C $(LLAMA) --strip-components 3 $(LLAMA_SOURCES)/vendor/llama.cpp
+	tar -xzf $(LLAMA)/$(LLAMA_SOURCES).tar.gz -C $(LLAMA) --strip-components 3 \
+		$(addprefix $(LLAMA_SOURCES)/vendor/llama.cpp/,conversion gguf-py convert_hf_to_gguf.py convert_lora_to_gguf.py)
+	rm $(LLAMA)/$(LLAMA_SOURCES).tar.gz
 	touch $@
 
 clean:
