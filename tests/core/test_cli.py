@@ -162,6 +162,11 @@ def test_export(adapter, tmp_path, capsys):
     assert len(set(router.clusters)) == 4
     assert main(["export", folder, "--max-adapters", "2", "--out", str(tmp_path / "two"), *data]) == 0
     assert len(set(SemanticRouter.from_pretrained(tmp_path / "two").clusters)) == 2
+    assert main(["calibrate", folder, "--per-cluster", *data]) == 0
+    capsys.readouterr()
+    assert main(["export", folder, "--max-adapters", "2", "--out", str(tmp_path / "none"), "--quiet"]) == 1
+    assert "or give `peft-trex export` the data, too (--data)" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
     assert main(["export", folder, "--overall", "--out", str(tmp_path / "one"), *data]) == 0
     assert not (tmp_path / "one" / "router.json").exists()
 
