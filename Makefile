@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
+LLAMA := .llama.cpp
 WHEEL := .venv-wheel
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 SOURCES := src tests examples benchmarks docs
@@ -22,13 +23,17 @@ LM_EVAL := lm_eval sacrebleu portalocker tabulate colorama lxml
 SDIST_TESTS := $(addprefix tests/,core/test_mixture.py core/test_packaging.py examples/test_quickstart.py \
 	$(addprefix benchmarks/test_,benchmarks.py operations.py scaling.py))
 
-.PHONY: demo serve test test-fast test-lowest test-newest lint docs package release-check bench quality clean
+.PHONY: demo serve serve-llama test test-fast test-lowest test-newest lint docs package release-check bench quality clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
 serve: $(VENV)/demo $(VLLM)/serve
 	$(BIN)/python examples/serve.py --vllm $(VLLM)/bin/python $(ARGS)
+
+# The same with llama.cpp's server, after `make demo`.
+serve-llama: $(VENV)/demo $(LLAMA)/serve
+	$(BIN)/python examples/serve_llama.py --llama $(LLAMA) $(ARGS)
 
 test: $(VENV)/test lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
@@ -129,5 +134,19 @@ $(VLLM)/serve: constraints-vllm.txt pyproject.toml
 	$(VLLM)/bin/python -m pip install --quiet --no-deps -e .
 	touch $@
 
+# llama.cpp's converters, as the sources of its Python bindings carry them, and its server, as another package does: so
+# nothing need be compiled.
+LLAMA_SOURCES := llama_cpp_python-0.3.36
+$(LLAMA)/serve: $(VENV)/demo
+	rm -rf $(LLAMA)
+	$(INSTALL) -e ".[serve]"
+	$(BIN)/python -m pip install --quiet --no-deps --target $(LLAMA)/python xllamacpp==2026.10.11549
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(LLAMA) \
+		llama-cpp-python==$(LLAMA_SOURCES:llama_cpp_python-%=%)
+	tar -xzf $(LLAMA)/$(LLAMA_SOURCES).tar.gz -C $(LLAMA) --strip-components 3 \
+		$(addprefix $(LLAMA_SOURCES)/vendor/llama.cpp/,conversion gguf-py convert_hf_to_gguf.py convert_lora_to_gguf.py)
+	rm $(LLAMA)/$(LLAMA_SOURCES).tar.gz
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VLLM) $(WHEEL) .venv-lowest .venv-newest .cache build dist src/*.egg-info
+	rm -rf $(VENV) $(VLLM) $(LLAMA) $(WHEEL) .venv-lowest .venv-newest .cache build dist src/*.egg-info

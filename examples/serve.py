@@ -116,7 +116,7 @@ def wait_until_ready(process: subprocess.Popen, server: str, log: Path, seconds:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if process.poll() is not None:
-            raise SystemExit(f"The vLLM server ended with code {process.returncode} before it was ready. {tail(log)}")
+            raise SystemExit(f"The server ended with code {process.returncode} before it was ready. {tail(log)}")
         connection = HTTPConnection(server, timeout=5)
         try:
             connection.request("GET", "/health")
@@ -127,7 +127,7 @@ def wait_until_ready(process: subprocess.Popen, server: str, log: Path, seconds:
         finally:
             connection.close()
         time.sleep(1)
-    raise SystemExit(f"The vLLM server was not ready after {seconds:.0f} seconds. {tail(log)}")
+    raise SystemExit(f"The server was not ready after {seconds:.0f} seconds. {tail(log)}")
 
 
 def stop(process: subprocess.Popen) -> None:
@@ -146,13 +146,38 @@ def stop(process: subprocess.Popen) -> None:
         process.wait()
 
 
+def free_address() -> str:
+    """HOST:PORT where nobody listens yet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+@contextmanager
+def running(command: list[str], server: str, log: Path, seconds: float, settings: dict[str, str]) -> Iterator[None]:
+    """Start a server with these variables set besides, and stop it: the block begins when it is ready."""
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **settings},
+            start_new_session=True,
+        )
+    try:
+        wait_until_ready(process, server, log, seconds)
+        yield
+    except (OSError, HTTPException) as error:
+        raise SystemExit(f"The server failed: {error!r}. {tail(log)}") from error
+    finally:
+        stop(process)
+
+
 @contextmanager
 def vllm_server(arguments: argparse.Namespace, model: str, adapters: dict[str, Path], rank: int) -> Iterator[str]:
     """A vLLM server on a free port, with the base model and all adapters; yields its HOST:PORT and stops it."""
-    log = arguments.out / "vllm.log"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        server = f"127.0.0.1:{free.getsockname()[1]}"
+    log, server = arguments.out / "vllm.log", free_address()
     # Prefixes are not cached, because the same prompts are sent again and again to be timed.
     command = [str(arguments.vllm), "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", model, "--served-model-name", BASE]
@@ -171,23 +196,9 @@ def vllm_server(arguments: argparse.Namespace, model: str, adapters: dict[str, P
         command += ["--lora-modules", *(f"{name}={folder}" for name, folder in adapters.items())]
     shown = [f"{name}={value}" for name, value in settings.items()] + command
     print(f"$ {shlex.join(shown[: 1 - len(adapters)] if not arguments.resolver else shown)} (log: {log})", flush=True)
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ, **settings}
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-    try:
-        wait_until_ready(process, server, log, arguments.timeout)
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ, **settings}
+    with running(command, server, log, arguments.timeout, settings):
         yield server
-    except (OSError, HTTPException) as error:
-        raise SystemExit(f"The vLLM server failed: {error!r}. {tail(log)}") from error
-    finally:
-        stop(process)
 
 
 def until_end(tokens: Tokens, ends: set[int]) -> Tokens:

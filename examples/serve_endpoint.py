@@ -15,6 +15,7 @@ from typing import Any
 
 MODEL = "trex"  # no adapter's name: the server chooses
 MANY = 500
+TOKENIZING = "the tokenizer alone"
 
 
 def ask(server: str, path: str, body: Any, method: str = "POST") -> tuple[int, str | None, Any]:
@@ -89,18 +90,8 @@ def check_hostile(server: str) -> None:
     print("hostile bodies get the server's own errors:", ", ".join(f"{kind} {code}" for kind, code in found.items()))
 
 
-def milliseconds(run: Callable[[], Any], repeats: int = 200) -> float:
-    """The median time of a call."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times)
-
-
 def overhead(export: Path, tokenizer: str, length: int = 1000) -> None:
-    """Print what routing a request of `length` tokens takes, without a server: as token ids, text, and a chat."""
+    """Print what routing a request of `length` tokens takes, without a server, beside the tokenizer alone."""
     from peft_trex.serve_router import Routing, TRexMiddleware
 
     routing = Routing(export, tokenizer=tokenizer)
@@ -125,14 +116,21 @@ def overhead(export: Path, tokenizer: str, length: int = 1000) -> None:
 
         return lambda: loop.run_until_complete(middleware(scope, receive, None))
 
-    taken = {
-        "the router, ids given": milliseconds(lambda: routing.router.route(ids)),
-        "a request of ids": milliseconds(request("/v1/completions", {"prompt": ids})),
-        "the tokenizer alone": milliseconds(lambda: tokens(text, add_special_tokens=False)["input_ids"]),
-        "a request of text": milliseconds(request("/v1/completions", {"prompt": text, "add_special_tokens": False})),
-        "a chat": milliseconds(request("/v1/chat/completions", {"messages": [{"role": "user", "content": words}]})),
+    calls = {
+        TOKENIZING: lambda: tokens(text, add_special_tokens=False)["input_ids"],
+        "the router, ids given": lambda: routing.router.route(ids),
+        "a request of ids": request("/v1/completions", {"prompt": ids}),
+        "a request of text": request("/v1/completions", {"prompt": text, "add_special_tokens": False}),
+        "a chat": request("/v1/chat/completions", {"messages": [{"role": "user", "content": words}]}),
     }
+    times: dict[str, list[float]] = {title: [] for title in calls}
+    for _ in range(300):
+        for title, run in calls.items():
+            start = time.perf_counter()
+            run()
+            times[title].append(1000 * (time.perf_counter() - start))
     loop.close()
-    print(f"\nmilliseconds for a request of {len(ids)} tokens (medians of 200)")
+    taken = {title: statistics.median(found) for title, found in times.items()}
+    print(f"\nmilliseconds for a request of {len(ids)} tokens, and times {TOKENIZING} (medians of 300, in turns)")
     for title, time_of_one in taken.items():
-        print(f"{title:<28}{time_of_one:>8.2f}")
+        print(f"{title:<28}{time_of_one:>8.2f}{time_of_one / taken[TOKENIZING]:>8.2f}")

@@ -1,6 +1,6 @@
 """What each static form of a T-REX adapter costs, on the tasks of the demo: accuracy, and KL from the routed adapter.
 
-    python benchmarks/studies/merge.py [--adapter runs/quickstart/adapter] [--test 40] [--calibrate 320]
+    python benchmarks/studies/merge.py [--adapter runs/quickstart/adapter] [--test 40] [--calibrate 320] [--distill 0]
 
 Takes the adapter that `make demo` trained. Compared are the routed adapter; the base model with the adapter merged by
 its mean routing, by the best core, and by the best input fit; and the LoRA of each cluster, exported, and served by
@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=40, help="test prompts of each task")
     parser.add_argument("--probe", type=int, default=64, help="test prompts to measure the KL on")
     parser.add_argument("--calibrate", type=int, default=320, help="training rows to calibrate on")
+    parser.add_argument("--distill", type=int, default=0, help="distill_steps of the calibrations")
     parser.add_argument("--forms", nargs="+", default=["mean", "core", "input", "clusters"], help="which to measure")
     arguments = parser.parse_args()
     train, test = generate(600, 16)
@@ -96,7 +97,8 @@ def main() -> None:
         else:
             start = time.perf_counter()
             fit = "input" if form.endswith("input") else "core"
-            report = calibrate_trex_merge(model, data, fit=fit, per_cluster=form.startswith("clusters"))
+            settings = {"per_cluster": form.startswith("clusters"), "distill_steps": arguments.distill}
+            report = calibrate_trex_merge(model, data, fit=fit, **settings)
             print(f"{form}: {report}; {time.perf_counter() - start:.0f} s")
         if form.startswith("clusters"):
             with tempfile.TemporaryDirectory() as folder:

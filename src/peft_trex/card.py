@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,16 +24,24 @@ GUIDE = "https://github.com/peft-trex/peft-trex/blob/main/docs/guide"
 # What PEFT says of an adapter whose method it does not know, before any code of this package could run.
 UNKNOWN = "KeyError: 'TREX'"
 VERSIONS = "### Framework versions"
+# A file does not tell these two fits apart.
+WIDE = "input or leading"
 HEADING = re.compile(r"(#{1,6}) \S")
 
 
-def facts_of(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], fitted: bool) -> dict[str, str]:
+def facts_of(
+    config: Mapping[str, Any],
+    shapes: Mapping[str, Sequence[int]],
+    fitted: bool,
+    fits: Mapping[str, str] | None = None,
+) -> dict[str, str]:
     """The facts of an adapter, each with its name.
 
     Args:
         config: the fields of its configuration.
         shapes: the shapes of its tensors by their names, such as "model.layers.0.mlp.up_proj.trex_A".
         fitted: whether its prior is fitted.
+        fits: of its static weights, by the layers' names, for those of which a calibration in this process told it.
     """
     layers = [name.removesuffix(".trex_A") for name in shapes if name.endswith(".trex_A")]
     sizes = {(shapes[f"{layer}.trex_A"][0], shapes[f"{layer}.trex_B"][-1]) for layer in layers}
@@ -46,7 +55,7 @@ def facts_of(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], fit
         "Token router": _router(config),
         "Clusters": _clusters(config, fitted),
         "Parameters": f"{sum(math.prod(shape) for shape in trained.values()):,}",
-        "Calibrated": _calibrated(layers, shapes),
+        "Calibrated": _calibrated(layers, shapes, fits or {}),
         "Written by": f"peft-trex {config['peft_trex_version'] or 'of before 0.1.0'}",
     }
 
@@ -70,13 +79,17 @@ def _clusters(config: Mapping[str, Any], fitted: bool) -> str:
     return f"{config['num_clusters']}, {'fitted' if fitted else 'not fitted yet'}, by {source}"
 
 
-def _calibrated(layers: Sequence[str], shapes: Mapping[str, Sequence[int]]) -> str:
-    """Whether there are static weights, which are (S, r_b, n) in each layer; n is r_a for a core."""
+def _calibrated(layers: Sequence[str], shapes: Mapping[str, Sequence[int]], fits: Mapping[str, str]) -> str:
+    """Whether there are static weights, and by which fits, where a calibration told them of layers.
+
+    The weights are (S, r_b, n) in each layer; n is r_a for a core, and D_in for both of the other fits.
+    """
     static = {layer: shapes[f"{layer}.{STATIC}"] for layer in layers if f"{layer}.{STATIC}" in shapes}
     if not static:
         return "no: a merge would hold the mean routing"
-    cores = sum(shape[2] == shapes[f"{layer}.trex_A"][0] for layer, shape in static.items())
-    kinds = [f"{kind} in {count} layers" for kind, count in (("input", len(static) - cores), ("core", cores)) if count]
+    seen = {layer: "core" if shape[2] == shapes[f"{layer}.trex_A"][0] else WIDE for layer, shape in static.items()}
+    counts = Counter(fits.get(layer, kind) for layer, kind in seen.items())
+    kinds = [f"{kind} in {count} layers" for kind, count in counts.most_common()]
     sets = next(iter(static.values()))[0]
     clusters = f" and for each of {sets - 1} clusters" if sets > 1 else ""
     return f"for all prompts{clusters}, by the fit to {', to '.join(kinds)}"
@@ -91,13 +104,14 @@ def facts_of_model(tuner: Any, adapter_name: str) -> dict[str, str]:
             tensors = getattr(layer, kind)
             if adapter_name in tensors:
                 shapes[f"{name}.{kind}"] = shape_of(tensors[adapter_name])
-    facts = facts_of(tuner.peft_config[adapter_name].to_dict(), shapes, prior is not None and prior.fitted)
     notes = tuner.card_notes.get(adapter_name, {})
+    report = notes.get("merge")
+    fits = None if report is None else report.fits
+    facts = facts_of(tuner.peft_config[adapter_name].to_dict(), shapes, prior is not None and prior.fitted, fits)
     if notes.get("tasks"):
         facts["Tasks"] = ", ".join(notes["tasks"])
     if notes.get("learning_rate") is not None:
         facts["Learning rate"] = f"{notes['learning_rate']:g}"
-    report = notes.get("merge")
     if report is not None and facts["Calibrated"].startswith("for all"):
         text = f"misses {report.error:.2%} of what the adapter adds"
         if report.cluster_error is not None:

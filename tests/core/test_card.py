@@ -49,9 +49,14 @@ def test_what_a_calibration_found_is_in_the_card_until_it_is_dropped(tmp_path):
     assert f"for each cluster misses {report.cluster_error:.2%}" in table["Merged"]
     calibrate_trex_merge(model, batches(), fit="input", progress=False)
     assert table_of(card_of(model, tmp_path))["Calibrated"] == "for all prompts, by the fit to input in 14 layers"
-    # A file that is loaded has static weights of its own, of which nobody knows what they miss.
+    report = calibrate_trex_merge(model, batches(), fit="leading", progress=False)
+    assert set(report.fits.values()) == {"leading"}
+    assert table_of(card_of(model, tmp_path))["Calibrated"] == "for all prompts, by the fit to leading in 14 layers"
+    # A file that is loaded has static weights of its own: nobody knows what they miss, nor which wide fit they had.
     model.load_adapter(tmp_path, "default")
-    assert "Merged" not in table_of(card_of(model, tmp_path))
+    table = table_of(card_of(model, tmp_path))
+    assert "Merged" not in table
+    assert table["Calibrated"] == "for all prompts, by the fit to input or leading in 14 layers"
     model.base_model.forget_static("default")
     assert table_of(card_of(model, tmp_path))["Calibrated"].startswith("no")
 

@@ -132,7 +132,7 @@ def test_calibrate_keeps_the_static_weights_and_what_they_miss(adapter, capsys):
     missed = re.search(r"misses (\S+) of what the adapter adds", capsys.readouterr().out)[1]
     found = facts_of(folder, capsys)["Calibrated"]
     assert re.fullmatch(
-        r"for all prompts and for each of 4 clusters, by the fit to (input|core) in \d+ layers.*", found
+        r"for all prompts and for each of 4 clusters, by the fit to (input or leading|core) in \d+ layers.*", found
     )
     assert f"| Merged | misses {missed} of what the adapter adds" in Path(folder, "README.md").read_text()
     assert not list(Path(folder).glob(".part-*"))
@@ -162,6 +162,11 @@ def test_export(adapter, tmp_path, capsys):
     assert len(set(router.clusters)) == 4
     assert main(["export", folder, "--max-adapters", "2", "--out", str(tmp_path / "two"), *data]) == 0
     assert len(set(SemanticRouter.from_pretrained(tmp_path / "two").clusters)) == 2
+    assert main(["calibrate", folder, "--per-cluster", *data]) == 0
+    capsys.readouterr()
+    assert main(["export", folder, "--max-adapters", "2", "--out", str(tmp_path / "none"), "--quiet"]) == 1
+    assert "or give `peft-trex export` the data, too (--data)" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
     assert main(["export", folder, "--overall", "--out", str(tmp_path / "one"), *data]) == 0
     assert not (tmp_path / "one" / "router.json").exists()
 

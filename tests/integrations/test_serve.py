@@ -1,4 +1,4 @@
-"""What `make serve` does around vLLM: the client, stock PEFT beside it, and what is said when something is missing."""
+"""What `make serve` and `make serve-llama` do around the engines: clients, stock PEFT beside them, what is missing."""
 
 import json
 import shutil
@@ -10,6 +10,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+import serve_llama
 from conftest import PAD, VOCAB, adapted, batches, make_llama, prompts
 from serve import BASE, StockPeft, check_export, main, until_end
 from serve_client import complete_all, load_router
@@ -176,3 +177,51 @@ def test_what_is_missing_is_named_before_anything_starts(tmp_path, monkeypatch, 
     with pytest.raises(SystemExit, match=words):
         main()
     assert not Path("nowhere").exists()
+
+
+def test_of_llama_cpp_too(tmp_path, monkeypatch, export):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    llama, folder = tmp_path / "llama", tmp_path / "lora"
+    given = ["serve_llama.py", "--llama", str(llama), "--export", str(folder), "--out", str(tmp_path / "nowhere")]
+    monkeypatch.setattr(sys, "argv", given)
+    llama.mkdir()
+    for file, words in (
+        (llama / "convert_lora_to_gguf.py", r"convert_lora_to_gguf\.py; `make serve-llama` makes one"),
+        (folder / "router.json", r"router\.json; `make demo` makes one"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            serve_llama.main()
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_converter_gets_its_arguments_and_leaves_ours(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ours"])
+    (tmp_path / "one.py").write_text("import sys\nopen(sys.argv[2], 'w').write(' '.join([__name__, *sys.argv[1:]]))\n")
+    serve_llama.convert(tmp_path, "one.py", "--outfile", tmp_path / "out")
+    assert (tmp_path / "out").read_text() == f"__main__ --outfile {tmp_path / 'out'} --outtype f32"
+    assert sys.argv == ["ours"]
+
+
+def test_a_chat_and_a_text_ask_llama_cpp_for_the_tokens_in_its_ways(monkeypatch):
+    asked = []
+
+    def answer(server, path, body):
+        asked.append((path, body))
+        tokens = {"content": [{"id": 5}, {"id": 2}]}
+        return (200, "cluster_00", {"choices": [{"logprobs": tokens}]}) if len(asked) < 5 else (500, "", 0)
+
+    monkeypatch.setattr(serve_llama, "ask", answer)
+    tokenizer = make_tokenizer()
+    for title, ((path, body),) in serve_llama.forms(tokenizer, ["w5 w6"]).items():
+        assert serve_llama.complete("here", path, body, 3) == ("cluster_00", [5, 2])
+        sent = asked[-1][1]
+        assert (sent["max_tokens"], sent["temperature"]) == (3, 0)
+        assert sent["model"] == (BASE if "base" in title else "trex")
+        # A chat's probabilities are asked for by yes or no, a text's by their number.
+        assert sent["logprobs"] is True if path == serve_llama.CHAT else sent["logprobs"] == 1
+    prompts = [body.get("prompt", body.get("messages")) for _, body in asked]
+    assert prompts == [[3, 5, 6, 4], "w3 w5 w6 w4", [{"role": "user", "content": "w5 w6"}], "w3 w5 w6 w4"]
+    with pytest.raises(SystemExit, match="answered 500"):
+        serve_llama.complete("here", serve_llama.CHAT, {}, 3)

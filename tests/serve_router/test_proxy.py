@@ -167,6 +167,11 @@ def test_llama_cpp_gets_a_list_of_loras(folder, upstream):
     for wrong, count in ((loaded[:1], 0), ([*loaded, {**loaded[1], "id": 2}], 2)):
         with pytest.raises(ValueError, match=f"has {count} adapters of the name cluster_00; expected one"):
             lora_ids(wrong, ["overall", "cluster_00"])
+    # Without a list in a request, its scale counts; adapters that are not the folder's may be applied.
+    other = {"id": 2, "path": "style.gguf", "scale": 1.0}
+    assert lora_ids([*loaded, other], ["overall"]) == {"overall": 0}
+    with pytest.raises(ValueError, match=r"applies the adapter cluster_00 .* --lora-scaled cluster_00\.gguf:0"):
+        lora_ids([loaded[0], {**loaded[1], "scale": 0.5}], ["overall", "cluster_00"])
 
 
 def test_what_cannot_be_forwarded_is_named(folder):

@@ -66,7 +66,8 @@ def group_clusters(
         if len(known) < len(kinships):
             raise ValueError(
                 f"max_adapters={most} goes by the calibration's data, which the adapter {adapter_name!r} does not "
-                "carry in its file; call calibrate_trex_merge(model, dataloader, per_cluster=True) in this process."
+                "carry in its file; call calibrate_trex_merge(model, dataloader, per_cluster=True) in this process, "
+                "or give `peft-trex export` the data, too (--data)."
             )
         found, error = join(known, most)
     names = {f"cluster_{group[0]:02d}": tuple(group) for group in found}

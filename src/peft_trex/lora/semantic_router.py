@@ -178,33 +178,32 @@ class SemanticRouter:
 
 def latest_message(ids: np.ndarray, markers: Mapping[str, Sequence[int]]) -> slice | None:
     """Where the latest user's message stands in a prompt (T,); None where the marker before one stands nowhere."""
-    whole = _places(ids, markers["before"])
-    starts, ends = whole + len(markers["before"]), _places(ids, markers["after"])
+    whole, ends = _places(ids, markers["before"]), _places(ids, markers["after"])
+    starts = whole + len(markers["before"])
     # Whitespace of a message may be one token with the rest of a marker, and then counts as the message's.
     if markers.get("before_merged"):
-        merged = np.setdiff1d(_places(ids, markers["before_merged"]), whole) + len(markers["before_merged"])
-        starts = np.union1d(starts, merged)
+        merged, alone = _places(ids, markers["before_merged"]), np.bincount(whole, minlength=len(ids)) == 0
+        starts = np.concatenate([starts, merged[alone[merged]] + len(markers["before_merged"])])
     if markers.get("after_merged"):
-        ends = np.union1d(ends, _places(ids, markers["after_merged"]))
+        ends = np.concatenate([ends, _places(ids, markers["after_merged"])])
     if not starts.size:
         return None
     # A marker at the prompt's end has no message behind it yet, so the turn before it still runs.
     starts = starts[starts < len(ids)]
     if not starts.size:
         return slice(0, 0)
-    start = int(starts[-1])
+    start = int(starts.max())
     # The marker before a message may end with the token that the one after it begins with; the message is then empty.
     ends = ends[ends >= start - 1]
-    return slice(start, int(ends[0]) if ends.size else len(ids))
+    return slice(start, int(ends.min()) if ends.size else len(ids))
 
 
 def _places(ids: np.ndarray, marker: Sequence[int]) -> np.ndarray:
     """Where a marker begins that stands in a prompt (T,) as a whole, ascending."""
-    count = max(0, len(ids) - len(marker) + 1)
-    here = np.ones(count, dtype=bool)
-    for offset, token in enumerate(marker):
-        here &= ids[offset : offset + count] == token
-    return np.flatnonzero(here)
+    here = np.flatnonzero(ids[: max(0, len(ids) - len(marker) + 1)] == marker[0])
+    for offset, token in enumerate(marker[1:], 1):
+        here = here[ids[here + offset] == token]
+    return here
 
 
 def _as_array(value: Any, name: str, kinds: str, expected: str) -> np.ndarray:

@@ -3,7 +3,7 @@
     python -m peft_trex.serve_router FOLDER --upstream http://127.0.0.1:8000 [--port 8080]
 
 The server has the folder's adapters under their names: vLLM, SGLang (`--adapter-names BASE:{}`), or llama.cpp's server
-with one `--lora NAME.gguf` for each (`--llama-cpp`). Needs httpx and uvicorn, not torch or PEFT.
+with `--lora-scaled NAME.gguf:0,...` (`--llama-cpp`). Needs httpx and uvicorn, not torch or PEFT.
 """
 
 from __future__ import annotations
@@ -28,17 +28,25 @@ def lora_ids(loaded: Any, adapters: Iterable[str]) -> dict[str, int]:
     """The numbers of adapters in the answer of llama.cpp's server to `GET /lora-adapters`, by their files' names.
 
     Raises:
-        ValueError: if an adapter is not loaded, or twice.
+        ValueError: if an adapter is not loaded, or twice, or applied to requests that name none.
     """
     found: dict[str, list[int]] = {}
+    applied = []
     for one in loaded:
         path = PureWindowsPath(one["path"]) if "\\" in one["path"] else PurePosixPath(one["path"])
         found.setdefault(path.stem, []).append(one["id"])
+        if one.get("scale"):
+            applied.append(path.stem)
     for name in adapters:
         if len(found.get(name, ())) != 1:
             raise ValueError(
                 f"llama.cpp's server has {len(found.get(name, ()))} adapters of the name {name}; expected one, from "
-                f"--lora {name}.gguf. It has: {', '.join(sorted(found)) or 'none'}."
+                f"--lora-scaled {name}.gguf:0. It has: {', '.join(sorted(found)) or 'none'}."
+            )
+        if name in applied:
+            raise ValueError(
+                f"llama.cpp's server applies the adapter {name} to requests for other models, too, whatever "
+                f"--lora-init-without-apply says; start it with --lora-scaled {name}.gguf:0, and the others alike."
             )
     return {name: found[name][0] for name in adapters}
 

@@ -6,11 +6,11 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from .prompts import ROUTES, Refused, Unreadable
-from .routing import Routing
+from .routing import Choice, Routing
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -18,6 +18,8 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 MODELS = "/v1/models"
+# A body of so many bytes is read in a millisecond or two. On a busy machine a thread may wait longer for its turn.
+AT_ONCE = 8 << 10
 HEADER = b"x-trex-adapter"
 
 
@@ -40,8 +42,10 @@ class TRexMiddleware:
         self.app = app
         self.routing = routing or Routing.from_environment()
         self._created = int(time.time())
-        # One thread only: a tokenizer must not be used by two at once. Meanwhile the server's own loop goes on.
+        # The server's own loop goes on while a long body is read. One thread only: a tokenizer must not be used by two
+        # at once, so that short bodies wait for it, too, while it is at work.
         self._worker = ThreadPoolExecutor(1, "trex")
+        self._work: list[Future[Choice | None]] = []
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -63,7 +67,7 @@ class TRexMiddleware:
         try:
             if length > self.routing.max_bytes:
                 raise Unreadable(f"it is longer than {self.routing.max_bytes} bytes")
-            choice = await asyncio.get_running_loop().run_in_executor(self._worker, self.routing.choose, path, content)
+            choice = await self._choose(path, content)
         except Unreadable as error:
             if self.routing.target.ignores_names:
                 reason = str(error) or "its body has not the form that this route asks for"
@@ -78,6 +82,14 @@ class TRexMiddleware:
         scope = {**scope, "headers": [*headers, (b"content-length", str(len(choice.content)).encode())]}
         body: Message = {"type": "http.request", "body": choice.content, "more_body": False}
         await self.app(scope, _replay([body], receive), _with_header(send, choice.adapter))
+
+    async def _choose(self, path: str, content: bytes) -> Choice | None:
+        """`Routing.choose`, in the worker if the body is long or the worker is at work."""
+        self._work = [one for one in self._work if not one.done()]
+        if len(content) <= AT_ONCE and not self._work:
+            return self.routing.choose(path, content)
+        self._work.append(self._worker.submit(self.routing.choose, path, content))
+        return await asyncio.wrap_future(self._work[-1])
 
     def _with_card(self, send: Send) -> Send:
         """A `send` that adds the folder's model to the server's list of models."""

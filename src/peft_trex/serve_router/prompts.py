@@ -39,6 +39,7 @@ class PromptReader:
 
     def __init__(self, tokenizer: Any, chat_template: str | None, markers: Mapping[str, Sequence[int]] | None) -> None:
         self._tokenizer, self._template, self._markers = tokenizer, chat_template, markers
+        self._backend = _backend_of(tokenizer)
         self._reserved = set(inspect.signature(tokenizer.apply_chat_template).parameters)
         self._takes_parts = self._template_takes_parts()
 
@@ -72,6 +73,8 @@ class PromptReader:
 
     def _encode(self, text: str, special: bool) -> list[int]:
         try:
+            if self._backend is not None:
+                return self._backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
             return self._tokenizer(text, add_special_tokens=special)["input_ids"]
         except (TypeError, ValueError) as error:
             # Half a surrogate pair is such a text.
@@ -169,6 +172,18 @@ class PromptReader:
         return messages
 
 
+def _backend_of(tokenizer: Any) -> Any:
+    """What makes the ids beneath a tokenizer of transformers, which makes much besides; None if that changes them."""
+    names = ("__call__", "_encode_plus", "_batch_encode_plus", "_switch_to_input_mode")
+    methods = [getattr(type(tokenizer), name, None) for name in names]
+    common = all(one is None or one.__module__.startswith("transformers.tokenization_utils") for one in methods)
+    if not tokenizer.is_fast or not common:
+        return None
+    # The first call takes off what the tokenizer's file says of padding and truncation, which servers do not heed.
+    tokenizer("")
+    return tokenizer.backend_tokenizer
+
+
 def _add_item(messages: list[dict[str, Any]], item: dict[str, Any]) -> None:
     """Append an item of a response's input to the messages, or to the latest one of them."""
     kind = item.get("type", "message")
@@ -219,7 +234,7 @@ def _extras(body: Mapping[str, Any]) -> dict[str, Any]:
 
 def _are_ids(value: Any) -> bool:
     """Whether a value is a prompt of token ids; true and false are no numbers here."""
-    return isinstance(value, list) and bool(value) and all(type(one) is int for one in value)
+    return isinstance(value, list) and set(map(type, value)) == {int}
 
 
 def _texts(content: Any) -> list[str]:
