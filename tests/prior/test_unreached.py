@@ -143,7 +143,7 @@ def test_a_model_that_hears_has_no_prompt_of_tokens():
     model = get_peft_model(WhisperForConditionalGeneration(config), TRexConfig(**SMALL))
     assert model.base_model.prior_of("default") is None
     assert all(bool(layer.trex_router["default"].any()) for _, layer in model.base_model.trex_layers())
-    with pytest.warns(UserWarning, match="this model has no token embedding to compute it from"):
+    with pytest.warns(UserWarning, match="this model names no token embedding of its prompts"):
         model(input_features=torch.randn(2, 8, 40), labels=prompts(2))
     assert get_peft_model(make_t5(), TRexConfig(**SMALL)).base_model.prior_of("default") is not None
 
