@@ -11,12 +11,15 @@ import torch
 from conftest import BEFORE_5
 from peft import PeftModel, get_peft_model
 from transformers import (
+    BertConfig,
+    BertModel,
     CLIPConfig,
     CLIPModel,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedModel,
     Trainer,
     TrainingArguments,
     ViTConfig,
@@ -26,6 +29,7 @@ from transformers import (
 )
 
 from peft_trex import SemanticEmbedsCollator, TRexConfig, TRexPriorCallback, initialize_trex_prior
+from peft_trex.prior.adapters import find_embedding
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION = {**SIZES, "image_size": 8, "patch_size": 4}
@@ -274,6 +278,31 @@ def test_a_recording_that_whisper_cuts_has_its_prior_in_each_piece():
 def test_an_adapter_loads_where_the_model_names_no_embedding(tmp_path):
     model = get_peft_model(clip(), TRexConfig(**SMALL, use_prior=False, init_weights=False))
     check_saved(model, clip, {"input_ids": TEXTS, "pixel_values": PIXELS, "return_loss": True}, tmp_path)
+
+
+class Towers(PreTrainedModel):
+    """A model of several parts that names no embedding of its own."""
+
+    config_class = BertConfig
+
+    def __init__(self, config, count):
+        super().__init__(config)
+        self.parts = torch.nn.ModuleList(BertModel(config) for _ in range(count))
+
+    def forward(self, input_ids):
+        return [part(input_ids) for part in self.parts]
+
+
+def test_an_embedding_is_taken_only_where_it_must_be_the_prompts():
+    config = BertConfig(**SIZES, vocab_size=64)
+    one, two = Towers(config, 1), Towers(config, 2)
+    with pytest.raises(NotImplementedError):
+        one.get_input_embeddings()
+    assert find_embedding(one) is one.parts[0].embeddings.word_embeddings
+    assert find_embedding(two) is None
+    # The embedding of an encoder-decoder that names none may be the decoder's.
+    one.config.is_encoder_decoder = True
+    assert find_embedding(one) is None
 
 
 def test_what_a_user_reads():
