@@ -118,9 +118,9 @@ def _hotswap(
         raise ValueError(
             f"{model_name_or_path} is a {other.peft_type.value} adapter, and {adapter_name!r} is TREX; {advice}"
         )
-    pairs = {field.name: (getattr(config, field.name), getattr(other, field.name)) for field in fields(config)}
-    unlike = [f"{name} ({one!r} and {two!r})" for name, (one, two) in pairs.items() if one != two]
-    unlike = [each for each in unlike if each.split(" ")[0] not in SWAPPED_ANYHOW]
+    names = [field.name for field in fields(config) if field.name not in SWAPPED_ANYHOW]
+    values = {name: (getattr(config, name), getattr(other, name)) for name in names}
+    unlike = [f"{name} ({one!r} and {two!r})" for name, (one, two) in values.items() if one != two]
     if unlike:
         raise ValueError(
             f"The adapter {adapter_name!r} and the one in {model_name_or_path} differ in {', '.join(unlike)}; "
