@@ -275,8 +275,9 @@ def test_a_recording_that_whisper_cuts_has_its_prior_in_each_piece():
         transcribe([30, 120], [0, 1])
 
 
-def test_an_adapter_loads_where_the_model_names_no_embedding(tmp_path):
-    model = get_peft_model(clip(), TRexConfig(**SMALL, use_prior=False, init_weights=False))
+@pytest.mark.parametrize("task", [None, "FEATURE_EXTRACTION"])
+def test_an_adapter_loads_where_the_model_names_no_embedding(tmp_path, task):
+    model = get_peft_model(clip(), TRexConfig(**SMALL, use_prior=False, init_weights=False, task_type=task))
     check_saved(model, clip, {"input_ids": TEXTS, "pixel_values": PIXELS, "return_loss": True}, tmp_path)
 
 
