@@ -195,8 +195,8 @@ class TRexModel(BaseTuner):
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         # Other methods average their adapters here, which would mix up the clusters of ours.
         raise NotImplementedError(
-            "T-REX adapters cannot be averaged into one: each has a router and clusters of its own. set_adapter with "
-            "a list of names runs several at once and adds their outputs."
+            "T-REX adapters cannot be averaged: each has a router and clusters of its own. set_adapter with a list of "
+            "names adds their outputs; and the LoRA that save_trex_as_lora writes of each can be averaged."
         )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, *args: Any, **kwargs: Any) -> None:

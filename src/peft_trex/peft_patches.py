@@ -1,6 +1,6 @@
 """All of PEFT that is replaced at import, because PEFT has no place to plug it in.
 
-These are methods of `peft.PeftModel`, and what the optimizers of `peft.optimizers` begin with.
+These are methods of `peft.PeftModel`, what the optimizers of `peft.optimizers` begin with, and `hotswap_adapter`.
 
 Models without a T-REX adapter see no change. A method that the installed releases do not have is left out, and
 CONTRIBUTING.md says what is lost then. Importing the package again replaces nothing twice. `transformers_patches.py`
@@ -15,9 +15,11 @@ import inspect
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 from huggingface_hub import hf_hub_download
+from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -36,6 +38,15 @@ OPTIMIZERS = {
     "create_loraplus_optimizer": ("loraplus", "get_parameter_names"),
     "create_lorafa_optimizer": ("lorafa", "LoraFAOptimizer.__init__"),
     "create_riemannian_optimizer": ("riemannian", "_collect_lora_pairs"),
+}
+
+# What two adapters may differ in that are swapped: how they began and were trained, and where they come from. The
+# names of modules may be written in several ways, and the tensors tell which they are.
+SWAPPED_ANYHOW = {
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "revision"),
+    *("peft_version", "peft_trex_version", "init_weights", "trainable", "trex_dropout", "mixture_implementation"),
+    *("balance_loss_coef", "router_z_loss_coef", "fan_in_fan_out"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
 }
 
 
@@ -74,6 +85,51 @@ def patch_optimizers() -> None:
             continue
         if not _is_replacement(method):
             setattr(owner, name, _marked(functools.partial(_for_lora, helper), method))
+
+
+def patch_hotswap() -> None:
+    """Have `peft.utils.hotswap.hotswap_adapter` swap adapters of T-REX, which PEFT refuses as it does all but LoRA."""
+    try:
+        module = importlib.import_module("peft.utils.hotswap")
+        original = module.hotswap_adapter
+    except (ImportError, AttributeError):
+        return
+    if not _is_replacement(original):
+        vars(module)["hotswap_adapter"] = _marked(_hotswap, original)
+
+
+def _hotswap(
+    original: Method, model: Any, model_name_or_path: Any, adapter_name: str, torch_device: Any = None, **places: Any
+) -> None:
+    """Put the tensors of a file in the place of an adapter's, its prior included, without making anything anew.
+
+    Raises:
+        ValueError: if the adapter is merged, or the file's configuration differs in what an adapter computes.
+    """
+    configs = getattr(model, "peft_config", {}) if hasattr(model, "active_peft_config") else {}
+    config = configs.get(adapter_name)
+    if not is_trex(config) and (config is not None or not any(map(is_trex, configs.values()))):
+        return original(model, model_name_or_path, adapter_name, torch_device=torch_device, **places)
+    if config is None:
+        raise ValueError(f"There is no adapter {adapter_name!r} to swap; the model has {sorted(configs)}.")
+    other = PeftConfig.from_pretrained(model_name_or_path, **places)
+    advice = f"load it under another name, model.load_adapter({str(model_name_or_path)!r}, ...), and set_adapter."
+    if not is_trex(other):
+        raise ValueError(
+            f"{model_name_or_path} is a {other.peft_type.value} adapter, and {adapter_name!r} is TREX; {advice}"
+        )
+    names = [field.name for field in fields(config) if field.name not in SWAPPED_ANYHOW]
+    values = {name: (getattr(config, name), getattr(other, name)) for name in names}
+    unlike = [f"{name} ({one!r} and {two!r})" for name, (one, two) in values.items() if one != two]
+    if unlike:
+        raise ValueError(
+            f"The adapter {adapter_name!r} and the one in {model_name_or_path} differ in {', '.join(unlike)}; "
+            f"expected equal ones, since a swap changes tensors alone. Instead {advice}"
+        )
+    if any(adapter_name in getattr(layer, "merged_adapters", ()) for layer in model.modules()):
+        raise ValueError(f"The adapter {adapter_name!r} is merged; call unmerge_adapter() before it is swapped.")
+    # Otherwise PEFT would put the whole model into eval mode.
+    model.load_adapter(model_name_or_path, adapter_name, is_trainable=True, torch_device=torch_device, **places)
 
 
 def _for_lora(helper: str, original: Method, *args: Any, **kwargs: Any) -> Any:

@@ -51,7 +51,7 @@ def register(config_class: type, model_class: type) -> None:
     from peft.utils import PeftType, register_peft_method
     from transformers import PreTrainedModel
 
-    from .peft_patches import patch_optimizers, patch_peft_model
+    from .peft_patches import patch_hotswap, patch_optimizers, patch_peft_model
     from .transformers_patches import patch_transformers
 
     member: Any = extend_str_enum(PeftType, METHOD.upper(), METHOD.upper())
@@ -68,4 +68,5 @@ def register(config_class: type, model_class: type) -> None:
     register_peft_method(name=METHOD, config_cls=config_class, model_cls=model_class)
     patch_peft_model(PeftModel)
     patch_optimizers()
+    patch_hotswap()
     patch_transformers(PreTrainedModel)

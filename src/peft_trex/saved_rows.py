@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -109,8 +110,11 @@ class SavedRows:
         They take the base model's place, for the sake of added tokens, so it warns of the rows that they change. A
         ValueError if these are most of the rows: then the file brings another base model's embedding.
         """
-        getters = [getattr(model, f"get_{side}_embeddings", lambda: None) for side in ("input", "output")]
-        embeddings = {id(module) for module in (getter() for getter in getters) if module is not None}
+        embeddings = set()
+        for side in ("input", "output"):
+            # A model of several towers, such as CLIP, has the method and names no embedding.
+            with suppress(AttributeError, NotImplementedError):
+                embeddings.add(id(getattr(model, f"get_{side}_embeddings")()))
         names = tuple(f"{name}." for name, module in model.named_modules() if id(module) in embeddings)
         keys = {key for key in tensors if key.startswith(names) and key in in_model}
         keys = {key for key in keys if f".{PREFIX}" not in key and ".modules_to_save." not in key}

@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import BEFORE_5, adapted, answered, batches, make_llama, pad_to, prompts, randomize
 from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
-from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from torch import nn
 
@@ -298,14 +297,13 @@ def test_what_is_trained_follows_the_calls():
 # beside other methods
 
 
-def test_averaging_and_hotswapping_are_refused(tmp_path):
+def test_averaging_is_refused(tmp_path):
     model = adapted()
-    model.save_pretrained(tmp_path)
     before, logits = _own(model, "default"), _logits(model)
-    with pytest.raises(NotImplementedError, match=r"cannot be averaged .* set_adapter with a list"):
+    with pytest.raises(
+        NotImplementedError, match=r"cannot be averaged .* set_adapter with a list .*save_trex_as_lora"
+    ):
         model.add_weighted_adapter(["default"], [1.0], "mix")
-    with pytest.raises(ValueError, match="Hotswapping only supports LORA but TREX was passed"):
-        hotswap_adapter(model, tmp_path, "default", torch_device="cpu")
     _same(_own(model, "default"), before)
     torch.testing.assert_close(_logits(model), logits, rtol=0, atol=0)
 

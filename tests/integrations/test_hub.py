@@ -23,6 +23,7 @@ from conftest import adapted
 from hub_server import Hub, serve
 from huggingface_hub import ModelCard
 from peft import get_peft_model
+from safetensors.torch import load
 from transformers import Trainer, TrainingArguments
 
 from peft_trex import TRexConfig
@@ -78,6 +79,64 @@ model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained("tiny-llama")
 write_logits(model, "loaded.bin")
 model.save_pretrained("again")
 print(json.dumps(error_of("me/absent")))
+"""
+
+PUSH_INJECTED = """
+import torch, sys
+from peft import LoraConfig
+from peft_trex import TRexConfig, initialize_trex_prior
+import transformers.integrations.peft
+
+# transformers asks for a later PEFT than the newest one, in the methods that add adapters.
+transformers.integrations.peft.MIN_PEFT_VERSION = "0.21.0"
+targets = dict(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+configs = {
+    "lora": LoraConfig(**targets, init_lora_weights=False),
+    "injected": TRexConfig(**targets, r_a=2, r_b=3, num_clusters=4, init_weights=False),
+}
+for name, config in configs.items():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM.from_pretrained("tiny-llama")
+    model.add_adapter(config)
+    if name == "injected":
+        prompts = torch.randint(1, 64, (4, 6, 9))
+        data = [{"input_ids": p, "attention_mask": torch.ones_like(p)} for p in prompts]
+        initialize_trex_prior(model, data, progress=False)
+    write_logits(model, f"{name}.bin")
+    model.push_to_hub(f"me/{name}", tags=["mine"])
+    model.save_pretrained(f"{name}-folder")
+"""
+
+LOAD_INJECTED = """
+from huggingface_hub import HfApi
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+def ways(repo):
+    yield AutoModelForCausalLM.from_pretrained(repo)
+    model = LlamaForCausalLM.from_pretrained("tiny-llama")
+    model.load_adapter(repo)
+    yield model
+    yield PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained("tiny-llama"), repo)
+
+for name in ("lora", "injected"):
+    for number, model in enumerate(ways(f"me/{name}")):
+        write_logits(model, f"{name}-{number}.bin")
+    model.save_pretrained(f"{name}-again")
+
+# A repository whose weights are a pickle.
+torch.save(load_file("injected-folder/adapter_model.safetensors"), "pickle.bin")
+api, errors = HfApi(), []
+api.create_repo("me/pickled")
+config = "injected-folder/adapter_config.json"
+for path, name in ((config, "adapter_config.json"), ("pickle.bin", "adapter_model.bin")):
+    api.upload_file(repo_id="me/pickled", path_or_fileobj=path, path_in_repo=name)
+model = LlamaForCausalLM.from_pretrained("tiny-llama")
+try:
+    model.load_adapter("me/pickled")
+except ValueError as error:
+    errors.append(str(error))
+print(json.dumps([errors, [name for name, _ in model.named_modules() if "trex" in name]]))
 """
 
 ASK = """
@@ -207,6 +266,50 @@ def test_the_card_of_a_model_for_which_transformers_has_no_class(tmp_path: Path)
     get_peft_model(torch.nn.Sequential(torch.nn.Linear(3, 3)), config).save_pretrained(tmp_path)
     text = ModelCard.load(tmp_path / "README.md").text
     assert '\nbase = AutoModel.from_pretrained("the base model")\n' in text
+
+
+@pytest.fixture(scope="module")
+def injected(pushed: Pushed) -> tuple[Pushed, str]:
+    """LoRA and T-REX that transformers' own methods have put into a model and pushed, and what others then load."""
+    pushed.run("push-injected", COMMON + PUSH_INJECTED)
+    return pushed, pushed.run("load-injected", "import peft_trex\n" + COMMON + LOAD_INJECTED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lora", "injected"])
+def test_what_transformers_pushes_comes_back(injected: tuple[Pushed, str], name: str) -> None:
+    pushed, _ = injected
+    folder, files = pushed.folder, pushed.hub.repos[f"me/{name}"].files
+    before = (folder / f"{name}.bin").read_bytes()
+    assert before != (folder / "base.bin").read_bytes()
+    assert [(folder / f"{name}-{number}.bin").read_bytes() == before for number in range(3)] == [True] * 3
+    weights = files["adapter_model.safetensors"]
+    assert (folder / f"{name}-folder" / "adapter_model.safetensors").read_bytes() == weights
+    # The last of them is a PeftModel, whose file has the same tensors.
+    again = load((folder / f"{name}-again" / "adapter_model.safetensors").read_bytes())
+    expected = load(weights)
+    assert again.keys() == expected.keys() and all(torch.equal(again[key], expected[key]) for key in again)
+    config = json.loads(files["adapter_config.json"])
+    assert config["base_model_name_or_path"] == "tiny-llama"
+
+
+@pytest.mark.slow
+def test_the_card_of_what_transformers_pushes(injected: tuple[Pushed, str]) -> None:
+    pushed, _ = injected
+    card = ModelCard(pushed.hub.repos["me/injected"].files["README.md"].decode())
+    assert {"trex", "mine"} <= set(card.data.tags)
+    assert card.data.base_model == "tiny-llama"
+    assert card.text.count("import peft_trex  # registers the method with PEFT") == 1
+    assert '\nbase = LlamaForCausalLM.from_pretrained("tiny-llama")\n' in card.text
+    # Its save_pretrained writes no card into a folder, of whatever method the adapter is.
+    assert not list(pushed.folder.glob("*-folder/README.md"))
+    assert "trex" not in pushed.hub.repos["me/lora"].files["README.md"].decode().lower()
+
+
+@pytest.mark.slow
+def test_a_pickle_on_a_hub_is_refused_by_transformers_too(injected: tuple[Pushed, str]) -> None:
+    [error], left = json.loads(injected[1])
+    assert "Pickles can run code and are not read" in error and not left
 
 
 def test_client_reads_the_repository(pushed: Pushed) -> None:

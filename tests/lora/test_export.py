@@ -217,6 +217,31 @@ print(json.dumps(names))
 """
 
 
+@torch.no_grad()
+def test_exported_adapters_can_be_averaged(tmp_path):
+    """As docs/guide/deploy.md says: "cat" is the average of the weights, and "linear" another thing."""
+    models = {}
+    for seed, name in enumerate(("first", "second")):
+        models[name] = randomize(calibrated(), seed=seed)
+        save_trex_as_lora(calibrate(models[name]), tmp_path / name)
+    base = make_llama().double()
+    expected = {name: 0.0 for name in layers_of(models["first"])}
+    for name, share in (("first", 0.7), ("second", 0.3)):
+        static = with_static_weights(make_llama(), models[name])
+        for layer in expected:
+            expected[layer] = expected[layer] + share * (
+                static.get_submodule(layer).weight - base.get_submodule(layer).weight
+            )
+    averaged = PeftModel.from_pretrained(make_llama(), tmp_path / "first", "first").double()
+    averaged.load_adapter(tmp_path / "second", "second")
+    for kind, exact in (("cat", True), ("linear", False)):
+        averaged.add_weighted_adapter(["first", "second"], [0.7, 0.3], kind, combination_type=kind)
+        found = {name: layer.get_delta_weight(kind).double() for name, layer in layers_of(averaged, LoraLayer).items()}
+        assert found.keys() == expected.keys()
+        errors = [(found[name] - expected[name]).norm() / expected[name].norm() for name in expected]
+        assert max(errors) < 1e-4 if exact else min(errors) > 0.05
+
+
 @pytest.mark.slow
 def test_a_program_without_this_package_serves_the_folder(tmp_path, llama, folder):
     model, work = llama, tmp_path

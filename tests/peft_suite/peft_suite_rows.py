@@ -29,12 +29,16 @@ REPLACED: dict[str, list[tuple[str, Any]]] = {
     "test_tuners_utils.py": [
         *LORA_TO_TREX,
         (r'(proj\.trex_[AB]\["\w+"\]), nn\.Linear', r"\1, nn.Parameter"),
-        (r'"lora\.(Linear|Conv2d|Embedding)"', '"trex.Linear"'),
+        (r'"lora\.(Linear|Embedding)"', '"trex.Linear"'),
+        (r'"lora\.Conv2d"', '"trex.Convolution"'),
         ('"LoraModel"', '"TRexModel"'),
         ('"LORA"', '"TREX"'),
-        # a model with several kinds of layers to adapt; T-REX adapts linear ones
-        (r"nn\.Conv2d\(3, 10, 3\)", "nn.Linear(10, 10)"),
+        # a model with several kinds of layers to adapt; T-REX adapts no embeddings
         (r"(self\.emb[01] = )nn\.Embedding", r"\1nn.Linear"),
+        # r_b is 8 unless told otherwise, as LoRA's rank is
+        (r"\brank_pattern=", "r_b_pattern="),
+        (r'\.r\["default"\]', '.trex_B["default"].shape[1]'),
+        (r'\n +assert \S+\.scaling\["default"\][^\n]*', ""),
     ],
     # written for LoKr; a single expert, whose weight does not depend on the input, can be converted without loss
     "test_lora_conversion.py": [

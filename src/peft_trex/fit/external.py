@@ -98,7 +98,8 @@ class SemanticEmbedsCollator:
         if "input_ids" not in batch:
             raise ValueError(
                 f"The collator, a {type(self.collator).__name__}, returned {sorted(batch)}; to find the prompts, "
-                "input_ids is needed."
+                f"input_ids is needed. For images or sound without text keep {EMBEDS} as a column of the data, with "
+                "remove_unused_columns=False in a Trainer's arguments, and leave this collator out."
             )
         batch[EMBEDS] = self._embeds_of(_batch_prompts(batch, self.task_type))
         return batch

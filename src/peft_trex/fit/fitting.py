@@ -207,7 +207,10 @@ def _find_prior(model: nn.Module, adapter_name: str) -> tuple[TRexModel, TRexCon
     if not config.use_prior:
         raise ValueError(f"The adapter {adapter_name!r} has use_prior=False, so there is no prior to fit.")
     if prior is None:
-        raise ValueError("The base model has no token embedding; use prior_encoder='external'.")
+        raise ValueError(
+            f"The base model, a {type(tuner.model).__name__}, names no token embedding of its prompts to compute the "
+            "prior from; use prior_encoder='external', or use_prior=False."
+        )
     if any(adapter_name in layer.merged_adapters for layer in tuner.modules() if isinstance(layer, TRexLayer)):
         raise ValueError(f"The adapter {adapter_name!r} is merged; call unmerge_adapter() before its prior changes.")
     return tuner, config, prior

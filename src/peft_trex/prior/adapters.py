@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,15 +165,27 @@ def is_layer(module: nn.Module) -> bool:
 def find_embedding(base: Any) -> nn.Embedding | None:
     """The frozen token embedding of a base model, or None for one without.
 
-    Where an encoder-decoder hears or sees, the embedding is the decoder's, and no prompt is made of its tokens.
+    Where an encoder-decoder hears or sees, the embedding is the decoder's, and no prompt is made of its tokens. A
+    model of several towers may name none, as CLIP does; then it is that of the only part that names one.
     """
     two_sided = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
-    if two_sided and not {"input_ids", "inputs_embeds"} & set(inspect.signature(type(base).forward).parameters):
+    reads = {"input_ids", "inputs_embeds"} & set(inspect.signature(type(base).forward).parameters)
+    if two_sided and not reads:
         return None
     try:
-        embedding = base.get_input_embeddings()
+        return _frozen(base.get_input_embeddings())
     except (AttributeError, NotImplementedError):
-        return None
+        parts = [part for part in base.modules() if isinstance(part, PreTrainedModel) and part is not base]
+    found = set()
+    for part in parts if reads and not two_sided and isinstance(base, PreTrainedModel) else ():
+        with suppress(AttributeError, NotImplementedError):
+            found.add(_frozen(part.get_input_embeddings()))
+    found.discard(None)
+    return found.pop() if len(found) == 1 else None
+
+
+def _frozen(embedding: Any) -> nn.Embedding | None:
+    """The frozen embedding in what a model names as its embedding; None for another kind of module."""
     if isinstance(embedding, AuxiliaryTrainingWrapper):  # trained beside the adapter; the frozen one is kept in it
         embedding = embedding.original_module
     if isinstance(embedding, BaseTunerLayer):

@@ -147,7 +147,7 @@ def repeats(rows: int, prompts: int) -> int:
         raise ValueError(
             f"The model was called with {rows} rows, but the prior was computed for {prompts} prompts; expected a "
             "multiple of that (beams, or several sequences for a prompt). Pass semantic_prior for rows that were put "
-            "together otherwise."
+            "together otherwise, or call generate with one row at a time where it takes rows out of a batch (Whisper)."
         )
     return rows // prompts
 

@@ -58,6 +58,8 @@ class PromptWatch:
         # Methods of the base model that are wrapped, and whether they stood in the object itself, not in its class.
         self._wrapped: dict[str, tuple[Any, bool]] = {}
         self._guards: list[Guard] = []
+        # The arguments that the base model's forward names.
+        self._named: frozenset[str] = frozenset()
         # The modules that a prior does not reach.
         self.outside: set[nn.Module] = set()
 
@@ -69,6 +71,7 @@ class PromptWatch:
     def attach(self, *handles: Any) -> None:
         """Start to watch the base model; the handles of other hooks leave with its own."""
         base: Any = self.adapters.base
+        self._named = frozenset(inspect.signature(type(base).forward).parameters)
         self._handles = [*handles, *PositionWatch(self.channel).attach(base)]
         # FSMT's halves are plain modules, and generate runs the encoder by itself.
         watched = {base, *((base.get_encoder(), base.get_decoder()) if self.adapters.two_sided else ())}
@@ -110,6 +113,9 @@ class PromptWatch:
 
         These are `semantic_embeds`, `semantic_prior` and, unless the module names it as its own, `completion_mask`.
         """
+        if module is self.adapters.base:
+            # By a task_type PEFT passes arguments such as input_ids=None, which Whisper hands on to its decoder.
+            kwargs = {name: value for name, value in kwargs.items() if value is not None or name in self._named}
         outer = self.channel.running.frame
         # An interrupt came between the hook that opened this frame and its forward.
         while outer is not None and not outer.entered and Guard.stands_for(outer.module):
@@ -253,9 +259,10 @@ class PromptWatch:
 
     def _inputs_of_generate(self, args: tuple, kwargs: Mapping[str, Any], embeds: Any) -> Inputs:
         """The arguments of a generate call: all that it gets is prompt, and what it leaves out is the model's."""
-        prompt = dict(kwargs)
-        if prompt.get("input_ids") is None:
-            prompt["input_ids"] = args[0] if args else kwargs.get("inputs")
+        prompt, first = dict(kwargs), args[0] if args else kwargs.get("inputs")
+        name = getattr(self.adapters.base, "main_input_name", "input_ids")
+        if prompt.get(name) is None:
+            prompt[name] = first
         inputs = replace(Inputs.of(prompt), labels=None, completion_mask=None, positions=None)
         if inputs.mask is None and isinstance(inputs.ids, Tensor):
             base: Any = self.adapters.base

@@ -284,7 +284,7 @@ class PromptScorer:
         advice = "call initialize_trex_prior before training, or give the Trainer a TRexPriorCallback"
         if prior is None:
             advice = (
-                "this model has no token embedding to compute it from. Set use_prior=False, or use "
+                "this model names no token embedding of its prompts to compute it from. Set use_prior=False, or use "
                 "prior_encoder='external'"
             )
         self.warn_once(
@@ -303,7 +303,8 @@ def _check_embeds(adapter_name: str, embeds: Any, prompts: int, dim: int) -> Ten
     if embeds is None:
         raise ValueError(
             f"{EMBEDS} is missing: the adapter {adapter_name!r} has prior_encoder='external', so each forward and "
-            f"generate needs it; {wanted}. In training a SemanticEmbedsCollator adds it to the batches."
+            f"generate needs it; {wanted}. In training a SemanticEmbedsCollator adds it to the batches, or a column "
+            "of the data with remove_unused_columns=False."
         )
     if not isinstance(embeds, Tensor):
         raise TypeError(f"{EMBEDS} is a {type(embeds).__name__}; {wanted}.")
