@@ -195,7 +195,7 @@ class TRexModel(BaseTuner):
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         # Other methods average their adapters here, which would mix up the clusters of ours.
         raise NotImplementedError(
-            "T-REX adapters cannot be averaged: each has a router and clusters of its own. set_adapter with a list of "
+            "T-REX adapters cannot be averaged into one: each has a router and clusters. set_adapter with a list of "
             "names adds their outputs; and the LoRA that save_trex_as_lora writes of each can be averaged."
         )
 
