@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import adapted
-from quickstart import load_model
+from small_model import load_model
 from studies import chat
 from tasks import TASKS
 from texts import save_tiny_model
@@ -24,7 +24,7 @@ def base(tmp_path_factory):
 def test_what_is_asked_was_not_trained_on():
     train, test = chat.held_out(3)
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
-    assert len(test) > len(chat.held_out(0)[1]) == 120 and {row["task"] for row in test} == set(TASKS)
+    assert len(test) > len(chat.held_out(0)[1]) == 192 and {row["task"] for row in test} == set(TASKS)
     asked = chat.conversations(train, test)
     task_of = {row["prompt"]: (row["task"], row["answer"]) for row in train}
     for row, single, system, later in zip(test, *asked.values(), strict=True):
