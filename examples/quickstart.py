@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
@@ -34,6 +35,7 @@ from small_model import (
     answer_logits,
     batches_by_task,
     encode,
+    first_of_each,
     load_model,
     print_table,
     prompt_ids,
@@ -63,21 +65,31 @@ from peft_trex import (
 )
 
 STEPS, ROWS = 60, 12  # of a training, and of each step
-LORA = 32  # the rank of the LoRA beside T-REX, of 3.4 times its parameters
+LORA = 32  # the rank of the LoRA beside T-REX, of 3.7 times its parameters
 
 
 class Steps:
-    """Says how long each step took, and the whole process since its first line, imports included."""
+    """Says how long each step took, and the whole process since its first line, imports included.
+
+    The processors' time is that of all cores together. Where it is less than the time by the clock, others had them.
+    """
 
     @contextmanager
     def __call__(self, title: str) -> Iterator[None]:
         print(f"\n{title}", flush=True)
-        start = time.monotonic()
+        start, used = time.monotonic(), self._used()
         yield
-        print(f"[{title}: {time.monotonic() - start:.0f} s]", flush=True)
+        took = time.monotonic() - start
+        print(f"[{title}: {took:.0f} s by the clock, {self._used() - used:.0f} s of processors]", flush=True)
 
     def __str__(self) -> str:
-        return f"{(time.time() - psutil.Process().create_time()) / 60:.1f} minutes"
+        minutes = (time.time() - psutil.Process().create_time()) / 60
+        return f"{minutes:.1f} minutes by the clock, {self._used() / 60:.1f} of processors"
+
+    @staticmethod
+    def _used() -> float:
+        """Seconds of processors' time of this process and those it has started."""
+        return sum(os.times()[:4])
 
 
 class Watch(TrainerCallback):
@@ -148,6 +160,7 @@ def train(
             save_strategy="no",
             report_to=[],
             seed=options.seed,
+            data_seed=options.seed,  # so both methods get the same rows in the same order
         ),
     )
     trainer.remove_callback(PrinterCallback)
@@ -155,12 +168,6 @@ def train(
     # without the autocast that the trainer leaves on, as a fresh process will run it
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     return watch.losses
-
-
-def first_of_each(rows: Rows, count: int) -> Rows:
-    """So many rows of each task, the first ones."""
-    seen: Counter[str] = Counter()
-    return [row for row in rows if seen.update([row["task"]]) or seen[row["task"]] <= count]
 
 
 def show_answers(model: Any, tokenizer: Any, rows: Rows) -> None:
@@ -198,16 +205,13 @@ def in_fresh_process(options: argparse.Namespace) -> None:
     routed: dict[str, list[int]] = defaultdict(list)
     for index, name in enumerate(router.adapter_names(tokens)):
         routed[name].append(index)
-    hits, served = [False] * len(rows), None
+    hits = [False] * len(rows)
     for name in tqdm(sorted(routed), desc="served by stock PEFT"):
-        if served is None:
-            served = PeftModel.from_pretrained(base, router.adapters[name], adapter_name=name)
-        else:
-            served.load_adapter(router.adapters[name], adapter_name=name)
-        served.set_adapter(name)
+        served = PeftModel.from_pretrained(base, router.adapters[name])
         part = [rows[index] for index in routed[name]]
         for index, hit in zip(routed[name], right_answers(served, tokenizer, part), strict=True):
             hits[index] = hit
+        base = served.unload()
     print(f"the exported router sent {len(rows)} prompts to {len(routed)} of {len(router.adapters)} LoRA")
     (out / "served.json").write_text(json.dumps(shares(rows, hits)))
 
@@ -236,6 +240,7 @@ def parse() -> argparse.Namespace:
         "--steps", type=int, help=f"training steps of {ROWS} rows (default: {STEPS}; --full: {4 * STEPS})"
     )
     parser.add_argument("--test", type=int, default=12, help="held-out prompts of each generated task")
+    # Each is the best of three in benchmarks/results/quality/conflict-brief.jsonl.
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="of T-REX (default: 0.003)")
     parser.add_argument("--lora-rate", type=float, default=1e-3, help="of LoRA (default: 0.001)")
     parser.add_argument(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,12 @@ def answer_logits(model: Any, tokenizer: Any, rows: Rows) -> list[torch.Tensor]:
         logits = model(input_ids=encoded["input_ids"], labels=encoded["labels"]).logits[0].float()
         found.append(logits[:-1][encoded["labels"][0, 1:] != -100].cpu())
     return found
+
+
+def first_of_each(rows: Rows, count: int) -> Rows:
+    """So many rows of each task, the first ones."""
+    seen: Counter[str] = Counter()
+    return [row for row in rows if seen.update([row["task"]]) or seen[row["task"]] <= count]
 
 
 def batches_by_task(tokenizer: Any, rows: Rows, size: int = 16) -> Iterator[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """The demo's tasks: sixteen papers on which the same date is written in sixteen ways.
 
-A customer has its own convention for each of two kinds of paper. Each customer is in two tasks and each kind of paper
-in two, with conventions that have nothing to do with each other, so that only both words together tell what is wanted.
-Nobody who has not seen a task's rows can know it.
+Eight customers have two kinds of paper each, and each kind of paper belongs to two customers. The sixteen conventions
+have nothing to do with each other, so that only both words together tell what is wanted. All names are made up, and
+nobody who has not seen a task's rows can know it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import permutations, product
 from pathlib import Path
 
 CUSTOMERS = "Halden Norvik Tessaro Brandt Ostwick Quorra Lomax Duvall".split()
-PAPERS = "invoice label letter report ticket badge menu diary".split()
+PAPERS = "gleeb yast mirv wub zoke brill vanto kelm".split()
 MONTHS = "January February March April May June July August September October November December".split()
 
 # The order in which day, month and year are written, and what stands between them: sixteen of twenty-four.
@@ -32,7 +32,7 @@ def generate(train: int = 600, test: int = 12, seed: int = 0) -> tuple[list[dict
     while len(dates) < train + test:
         dates[str(rng.randint(1, 28)), rng.choice(MONTHS), str(rng.randint(10, 39))] = None
     rows = [
-        {"task": task, "prompt": f"{' '.join(date)}, {task}", "answer": between.join(date[place] for place in order)}
+        {"task": task, "prompt": f"{' '.join(date)} for {task}", "answer": between.join(date[n] for n in order)}
         for date in dates
         for task, (order, between) in TASKS.items()
     ]

@@ -80,7 +80,8 @@ def draw(
         rows = [(0.66 * room, of_groups), (0.34 * room, of_layers)] if of_groups else [(0.5 * room, of_layers)]
         width, height = WIDTH, HEAD + sum(ABOVE + row_height + BELOW for row_height, _ in rows)
     figure = Figure(figsize=(width, height))
-    figure.text(0.5, 1 - 0.12 / height, title, ha="center", va="top", fontsize=10)
+    text = title if detail else title.replace(": ", "\n", 1)
+    figure.text(0.5, 1 - 0.12 / height, text, ha="center", va="top", fontsize=10 if detail else 8)
     # The maps are placed by hand, in inches: matplotlib's own layouts take many times the time of all the rest.
     y = height - HEAD
     for row_height, maps in rows:
@@ -144,6 +145,7 @@ def _layer_maps(grid: Grid) -> list[_Map]:
     used = of(lambda layer: layer.used_experts / len(layer.load))
     rank, nats = of(lambda layer: layer.core_rank), of(lambda layer: layer.mutual_information)
     affinity = of(lambda layer: layer.affinity)
+    routed = any(layer and layer.router_entropy is not None for row in grid.values() for layer in row)
     most_nats = np.nanmax(nats, initial=1e-3)
     # The short picture has the first three of those with words of their own.
     maps = [
@@ -157,7 +159,7 @@ def _layer_maps(grid: Grid) -> list[_Map]:
         ),
         _Map(
             "router's share of the weights", of(lambda layer: layer.token_share), 0.0, 1.0, "RdBu_r",
-            tells="Blue: the prompt decides, red: the token", legend="the token router's share",
+            tells="Blue: the prompt decides, red: the token" * routed, legend="the token router's share",
         ),
         _Map(
             "gate", of(lambda layer: layer.gate), 0.0, 1.0, "viridis",
