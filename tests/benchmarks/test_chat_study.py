@@ -22,7 +22,7 @@ def base(tmp_path_factory):
 
 
 def test_what_is_asked_was_not_trained_on():
-    train, test = chat.held_out(3)
+    train, test = chat.held_out(8)
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
     assert len(test) > len(chat.held_out(0)[1]) == 192 and {row["task"] for row in test} == set(TASKS)
     asked = chat.conversations(train, test)
@@ -69,4 +69,4 @@ def test_the_command(base, tmp_path, capsys):
     lines = capsys.readouterr().out
     for name in ("single turn", "another system prompt", "after another task"):
         assert f"{name}: " in lines and f"| {name} | " in lines
-    assert "% of 120 prompts" in lines
+    assert "% of 192 prompts" in lines
