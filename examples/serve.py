@@ -45,7 +45,7 @@ Variants = dict[str, list[str]]
 
 def save_base(folder: Path) -> None:
     """Write the model of examples/quickstart.py as a folder of safetensors, which vLLM can read."""
-    from quickstart import load_model
+    from small_model import load_model
 
     model, tokenizer = load_model(None)
     part = folder.with_name(folder.name + ".part")  # a folder that was left half written is never taken for whole
@@ -289,8 +289,8 @@ def main() -> None:
     model = arguments.model or str(base)
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    rows = load(arguments.data)[1] if arguments.data else generate(600, 16)[1]  # held out in the demo
-    prompts = [encode(tokenizer, row["prompt"]) for row in rows[: arguments.prompts]]
+    rows = load(arguments.data)[1] if arguments.data else generate()[1]  # held out in the demo
+    prompts = [encode(tokenizer, row["prompt"], router) for row in rows[: arguments.prompts]]
     try:
         routed = router.adapter_names(prompts)
     except ValueError as error:  # a router for another vocabulary, or for embeddings of one's own

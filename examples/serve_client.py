@@ -34,11 +34,14 @@ def load_router(export: Path) -> Any:
         raise SystemExit(str(error)) from error
 
 
-def encode(tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of a prompt, written as examples/quickstart.py writes it in training: the router must see the same."""
-    if tokenizer.chat_template is None:
-        text = f"{prompt}\nAnswer: "
-    else:
+def encode(tokenizer: Any, prompt: str, router: Any) -> list[int]:
+    """Token ids of a prompt, written as in training, since the router must see the same.
+
+    A router with chat markers is of an adapter that was trained on chats; that of `make demo` was trained on plain
+    prompts, as examples/small_model.py writes them.
+    """
+    text = f"{prompt} ="
+    if router.chat_markers is not None:
         turns = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -95,7 +98,7 @@ def main() -> None:
     arguments = parser.parse_args()
     router = load_router(arguments.export)
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
-    prompts = [encode(tokenizer, prompt) for prompt in arguments.prompts]
+    prompts = [encode(tokenizer, prompt, router) for prompt in arguments.prompts]
     names = router.adapter_names(prompts)
     try:
         answers = complete_all(arguments.server, names, prompts, arguments.max_tokens)

@@ -1,106 +1,44 @@
-"""A small multi-task set, generated here: eight tasks with short prompts and answers that can be checked exactly."""
+"""The demo's tasks: sixteen papers on which the same date is written in sixteen ways.
+
+Eight customers have two kinds of paper each, and each kind of paper belongs to two customers. The sixteen conventions
+have nothing to do with each other, so that only both words together tell what is wanted. All names are made up, and
+nobody who has not seen a task's rows can know it.
+"""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from itertools import permutations, product
 from pathlib import Path
 
-WORDS = (
-    "apple river stone cloud tiger green music paper light house train bread chair water plant glass table horse "
-    "sugar night field ocean brush candle garden window silver bridge forest pencil rabbit winter summer orange"
-).split()
-NAMES = (
-    "Anna Ben Clara David Emma Frank Grace Henry Iris Jack Karen Leo Maria Noah Olga Paul Rosa Sam Tina Victor".split()
-)
-DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-MONTHS = (
-    "January February March April May June July August September October November December"
-).split()  # fmt: skip
+CUSTOMERS = "Halden Norvik Tessaro Brandt Ostwick Quorra Lomax Duvall".split()
+PAPERS = "gleeb yast mirv wub zoke brill vanto kelm".split()
+MONTHS = "January February March April May June July August September October November December".split()
+
+# The order in which day, month and year are written, and what stands between them: sixteen of twenty-four.
+CONVENTIONS = random.Random(5).sample(list(product(permutations(range(3)), ("; ", " / ", " - ", " > "))), 16)
+PAIRS = [(CUSTOMERS[number // 2], PAPERS[(number + 1) // 2 % 8]) for number in range(16)]
+TASKS = {f"{customer} {paper}": how for (customer, paper), how in zip(PAIRS, CONVENTIONS, strict=True)}
 
 
-def _some_words(rng: random.Random, least: int, most: int) -> list[str]:
-    return rng.sample(WORDS, rng.randint(least, most))
+def generate(train: int = 600, test: int = 12, seed: int = 0) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Rows of task, prompt and answer: `train` and `test` dates, each asked of all tasks; no date is in both parts.
 
-
-def _last_word(rng: random.Random) -> tuple[str, str]:
-    words = _some_words(rng, 3, 5)
-    return f"What is the last word of this list: {' '.join(words)}?", words[-1]
-
-
-def _reverse(rng: random.Random) -> tuple[str, str]:
-    words = _some_words(rng, 3, 3)
-    return f"Write these words in reverse order: {' '.join(words)}.", " ".join(reversed(words))
-
-
-def _capitals(rng: random.Random) -> tuple[str, str]:
-    word = rng.choice(WORDS)
-    return f"Write the word {word} in capital letters.", word.upper()
-
-
-def _count(rng: random.Random) -> tuple[str, str]:
-    words = _some_words(rng, 2, 7)
-    return f"How many words are in this list: {' '.join(words)}?", str(len(words))
-
-
-def _larger(rng: random.Random) -> tuple[str, str]:
-    first, second = rng.sample(range(10, 1000), 2)
-    return f"Which number is larger, {first} or {second}?", str(max(first, second))
-
-
-def _add(rng: random.Random) -> tuple[str, str]:
-    first, second = rng.randint(1, 20), rng.randint(1, 20)
-    return f"What is {first} plus {second}?", str(first + second)
-
-
-def _weekday(rng: random.Random) -> tuple[str, str]:
-    name, day, nights = rng.choice(NAMES), rng.randrange(7), rng.randint(1, 3)
-    prompt = f"{name} arrives on {DAYS[day]} and stays for {nights} nights. On which day does {name} leave?"
-    return prompt, DAYS[(day + nights) % 7]
-
-
-def _date(rng: random.Random) -> tuple[str, str]:
-    day, month, year = rng.randint(1, 28), rng.randrange(12), rng.randint(1950, 2049)
-    return f"Write the date {day} {MONTHS[month]} {year} as year-month-day.", f"{year}-{month + 1:02d}-{day:02d}"
-
-
-TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
-    "last word": _last_word,
-    "reverse": _reverse,
-    "capitals": _capitals,
-    "count": _count,
-    "larger": _larger,
-    "add": _add,
-    "weekday": _weekday,
-    "date": _date,
-}
-
-
-def generate(train: int, test: int, seed: int = 0) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Rows of task, prompt and answer: `train` and `test` of each task, no test prompt among the training prompts.
-
-    A task that has too few different prompts (a few dozen words to write in capitals) gives a quarter of them to the
-    test set and repeats the others.
+    The test rows have one date after the other. A larger `train` has the rows of a smaller one, and others.
     """
     rng = random.Random(seed)
-    parts: tuple[list[dict[str, str]], list[dict[str, str]]] = ([], [])
-    for task, make in TASKS.items():
-        drawn: dict[str, str] = {}
-        for _ in range(50 * (train + test)):
-            if len(drawn) == train + test:
-                break
-            prompt, answer = make(rng)
-            drawn[prompt] = answer
-        rows = [{"task": task, "prompt": prompt, "answer": answer} for prompt, answer in drawn.items()]
-        rng.shuffle(rows)
-        held_out = min(test, len(rows) // 4)
-        parts[1].extend(rows[:held_out])
-        learnt = rows[held_out:]
-        parts[0].extend(learnt[index % len(learnt)] for index in range(train))
-    for part in parts:
-        rng.shuffle(part)
-    return parts
+    dates: dict[tuple[str, str, str], None] = {}
+    while len(dates) < train + test:
+        dates[str(rng.randint(1, 28)), rng.choice(MONTHS), str(rng.randint(10, 39))] = None
+    rows = [
+        {"task": task, "prompt": f"{' '.join(date)} for {task}", "answer": between.join(date[n] for n in order)}
+        for date in dates
+        for task, (order, between) in TASKS.items()
+    ]
+    learnt = rows[test * len(TASKS) :]
+    rng.shuffle(learnt)
+    return learnt, rows[: test * len(TASKS)]
 
 
 def load(path: Path, test_share: float = 0.1, seed: int = 0) -> tuple[list[dict[str, str]], list[dict[str, str]]]:

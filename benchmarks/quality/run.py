@@ -38,8 +38,8 @@ from quality import corpora, micro_base
 from quality.diagnosis import diagnose
 from quality.methods import METHODS, Method, apply, embedding_of, fit_prior
 from quality.scoring import Texts, score, summarise
-from quickstart import load_model
 from reporting import read
+from small_model import load_model
 from speed.measure import Job, environment, peak_memory, resident_memory
 from speed.variants import PRECISIONS
 

@@ -2,10 +2,10 @@
 
     python benchmarks/studies/chat.py runs/quickstart/adapter [--test 40]
 
-Takes an adapter that `make demo` trained, on single turns alone, and asks prompts that it was not trained on: by
-themselves, under another system prompt of some 90 tokens, and after an earlier turn, a question of another task with
-its right answer. Prints the share of exact answers, and the change from single turns with its 95 % interval. Adapters
-without chat_markers, and PEFT's other kinds, can be asked as well.
+Takes an adapter that `make demo ARGS=--full` trained, on single turns alone, and asks prompts that it was not trained
+on: by themselves, under another system prompt of some 90 tokens, and after an earlier turn, a question of another task
+with its right answer. Prints the share of exact answers, and the change from single turns with its 95 % interval.
+Adapters without chat_markers, and PEFT's other kinds, can be asked as well.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from tqdm import tqdm
 # Where this file runs as a script, Python knows no other folder than this one.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-from quickstart import DEVICE, Rows, load_model
 from reporting import table
+from small_model import DEVICE, Rows, load_model
 from tasks import generate
 
 Chat = list[dict[str, str]]
@@ -38,9 +38,9 @@ SYSTEM = (
 
 def held_out(count: int) -> tuple[Rows, Rows]:
     """The demo's training rows, and prompts of its tasks that are not among them."""
-    train, test = generate(600, 16)
+    train, test = generate()
     seen = {row["prompt"] for row in (*train, *test)}
-    more = [row for row in generate(600, count, seed=1)[1] if row["prompt"] not in seen] if count else []
+    more = [row for row in generate(test=count, seed=1)[1] if row["prompt"] not in seen] if count else []
     return train, test + more
 
 

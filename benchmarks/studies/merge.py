@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from peft_trex import SemanticRouter, calibrate_trex_merge, save_trex_as_lora
 
 # Where this file runs as a script, Python knows no other folder than this one.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-from quickstart import accuracy, answer_logits, encode, load_model, mean_kl, print_table
+from small_model import answer_logits, encode, load_model, print_table, right_answers, shares
 from tasks import generate
 
 
@@ -45,15 +44,18 @@ class Served:
     def eval(self) -> Any:
         return self.model.eval()
 
-    def _names(self, ids: torch.Tensor, prompt: torch.Tensor) -> list[str]:
-        return self.router.adapter_names([row[kept].tolist() for row, kept in zip(ids, prompt, strict=True)])
+    def __call__(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> Any:
+        prompt = (labels == -100) & (attention_mask != 0 if attention_mask is not None else True)
+        names = self.router.adapter_names([row[kept].tolist() for row, kept in zip(input_ids, prompt, strict=True)])
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, adapter_names=names)
 
-    def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        names = self._names(input_ids, attention_mask.bool())
-        return self.model.generate(input_ids=input_ids, attention_mask=attention_mask, adapter_names=names, **kwargs)
 
-    def __call__(self, input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
-        return self.model(input_ids=input_ids, adapter_names=self._names(input_ids, labels == -100))
+def mean_kl(reference: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    """Mean KL(reference || other) of the next token, in nats, over all answer tokens."""
+    p, q = torch.cat(reference).log_softmax(-1), torch.cat(other).log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).mean().item()
 
 
 def main() -> None:
@@ -66,14 +68,15 @@ def main() -> None:
     parser.add_argument("--distill", type=int, default=0, help="distill_steps of the calibrations")
     parser.add_argument("--forms", nargs="+", default=["mean", "core", "input", "clusters"], help="which to measure")
     arguments = parser.parse_args()
-    train, test = generate(600, 16)
+    train, test = generate()
     known = {row["prompt"] for row in (*train, *test)}
-    _, drawn = generate(600, arguments.test, seed=1)
+    _, drawn = generate(test=arguments.test, seed=1)
     test += [row for row in drawn if row["prompt"] not in known]
-    counts = Counter(row["task"] for row in test)
     probe = test[: arguments.probe]
     base, tokenizer = load_model(arguments.model)
     model = PeftModel.from_pretrained(base, arguments.adapter).eval()
+    if not model.peft_config["default"].chat_markers:
+        tokenizer.chat_template = None  # `make demo` trains on plain prompts, and with --full on chats
     collate = DataCollatorForSeq2Seq(tokenizer, padding=True)
     rows = train[: arguments.calibrate]
     data = [collate([encode(tokenizer, row) for row in rows[start : start + 16]]) for start in range(0, len(rows), 16)]
@@ -83,11 +86,10 @@ def main() -> None:
     kl: dict[str, float] = {}
 
     def measure(form: str, deployed: Any) -> None:
-        shares = accuracy(deployed, tokenizer, test, form)
-        shares["prompts"] = sum(counts[task] * shares[task] for task in counts) / len(test)
-        found[form] = shares
+        hits = right_answers(deployed, tokenizer, test, form)
+        found[form] = {**shares(test, hits), "prompts": sum(hits) / len(hits)}
         kl[form] = mean_kl(routed, answer_logits(deployed, tokenizer, probe))
-        print(f"{form}: {shares['prompts']:.4f} of all prompts right, KL {kl[form]:.4f}", flush=True)
+        print(f"{form}: {found[form]['prompts']:.4f} of all prompts right, KL {kl[form]:.4f}", flush=True)
 
     measure("routed", model)
 
@@ -112,7 +114,8 @@ def main() -> None:
         model.unmerge_adapter()
     print()
     print_table(found)
-    print("KL          " + "".join(f"{value:>10.4f}" for value in kl.values()))
+    width = 2 + max(map(len, next(iter(found.values()))))
+    print(f"{'KL':<{width}}" + "".join(f"{value:>12.4f}" for value in kl.values()))
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 from quality import corpora
 from quality.run import read_experiment
 from quality.scoring import Texts
-from quickstart import load_model
 from reporting import table
+from small_model import load_model
 
 DIRECTIONS = (None, 4, 8, 16, 32, 64)
 

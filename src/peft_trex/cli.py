@@ -99,7 +99,7 @@ def report(arguments: argparse.Namespace) -> None:
         Path(arguments.out).write_text(text, encoding="utf-8")
         print(f"{routing}\nsaved {arguments.out}")
     if arguments.plot is not None:
-        routing.plot(arguments.plot)
+        routing.plot(arguments.plot, detail=arguments.detail)
         print(f"saved {arguments.plot}")
 
 
@@ -200,6 +200,7 @@ def make_parser() -> argparse.ArgumentParser:
     part.add_argument("--group-by", metavar="FIELD", help="the field of the rows to compare them by, such as task")
     part.add_argument("--out", metavar="FILE", help="write the report as Markdown (default: print it)")
     part.add_argument("--plot", metavar="FILE", help="draw it, as .png, .svg or .pdf; needs matplotlib")
+    part.add_argument("--detail", action="store_true", help="draw all maps, not only the few that tell most")
     _add_data(part, required=True)
 
     part = command(

@@ -513,23 +513,51 @@ def test_a_report_as_json(deep):
     assert found["groups"] == {f"task|{index}": 8 for index in range(4)}
 
 
-@pytest.mark.slow
-def test_a_report_as_a_picture(deep, tmp_path):
-    deep.plot(tmp_path / "report.png")
-    picture = (tmp_path / "report.png").read_bytes()
+def _size(path):
+    """Width and height of a PNG in pixels."""
+    picture = path.read_bytes()
     assert picture.startswith(b"\x89PNG")
-    width, height = (int.from_bytes(picture[start : start + 4], "big") for start in (16, 20))
+    return [int.from_bytes(picture[start : start + 4], "big") for start in (16, 20)]
+
+
+@pytest.mark.slow
+def test_a_report_as_a_picture_in_detail(deep, tmp_path):
+    deep.plot(tmp_path / "report.png", detail=True)
+    width, height = _size(tmp_path / "report.png")
     # 10 maps of 7 kinds by 30 blocks, 7 of the experts' load, two of the groups: cells of at least four pixels
     assert width >= 2 * 30 * 10 and height >= 5 * 7 * 15 + 4 * 100
+
+
+def _drawn(report, path, **kwargs):
+    """The texts of a picture."""
+    report.plot(path, **kwargs)
+    return re.findall(r"<!-- (.*?) -->", path.read_text())
+
+
+def test_a_picture_fits_on_a_screen_and_begins_with_what_tells_the_groups_apart(deep, tmp_path):
+    deep.plot(tmp_path / "report.png")
+    width, height = _size(tmp_path / "report.png")
+    assert 1000 < width <= 1280 and 500 < height <= 720
+    texts = _drawn(deep, tmp_path / "report.svg")
+    titles = [text for text in texts if text.startswith(("Red", "Bright", "Blue", "Dark"))]
+    assert titles[:2] == [
+        "Red: experts that a group uses more than the others do",
+        "Bright: the prior's clusters that a group's prompts fall into",
+    ]
+    assert len(titles) == 5
+    assert {"task|0", "against the mean of the groups, %", "the token router's share"} <= set(texts)
+    detailed = _drawn(deep, tmp_path / "detail.svg", detail=True)
+    assert "dead experts, share of E" in detailed and "dead experts, share of E" not in texts
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "t5"])
 def test_pictures_of_other_models_and_without_groups(kind, tmp_path):
     report = _report(adapted(kind, fit=False, use_prior=False), padded_data(kind))
-    report.plot(tmp_path / "report.svg")
-    drawn = (tmp_path / "report.svg").read_text()
-    for title in ("router&#x27;s entropy", "omega"):
-        assert title in drawn or title.replace("&#x27;", "'") in drawn
+    drawn = _drawn(report, tmp_path / "detail.svg", detail=True)
+    for title in ("router's entropy for a token, of log E", "omega: router (1) against prior (0)"):
+        assert title in drawn
+    short = _drawn(report, tmp_path / "report.svg")
+    assert "Dark: layers whose gate is shut" in short and "block of the model" in short
     assert isinstance(report, RoutingReport)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import adapted
-from quickstart import load_model
+from small_model import load_model
 from studies import chat
 from tasks import TASKS
 from texts import save_tiny_model
@@ -22,9 +22,9 @@ def base(tmp_path_factory):
 
 
 def test_what_is_asked_was_not_trained_on():
-    train, test = chat.held_out(3)
+    train, test = chat.held_out(8)
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
-    assert len(test) > len(chat.held_out(0)[1]) == 120 and {row["task"] for row in test} == set(TASKS)
+    assert len(test) > len(chat.held_out(0)[1]) == 192 and {row["task"] for row in test} == set(TASKS)
     asked = chat.conversations(train, test)
     task_of = {row["prompt"]: (row["task"], row["answer"]) for row in train}
     for row, single, system, later in zip(test, *asked.values(), strict=True):
@@ -69,4 +69,4 @@ def test_the_command(base, tmp_path, capsys):
     lines = capsys.readouterr().out
     for name in ("single turn", "another system prompt", "after another task"):
         assert f"{name}: " in lines and f"| {name} | " in lines
-    assert "% of 120 prompts" in lines
+    assert "% of 192 prompts" in lines

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import make_llama
 from peft import LoraConfig, PeftModel, get_peft_model
-from tasks import generate
+from tasks import TASKS, generate
 from texts import make_chat_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -40,7 +40,7 @@ def place(tmp_path_factory):
     """A folder with a base model, training rows, and an adapter whose prior is fitted by the command line."""
     folder = tmp_path_factory.mktemp("cli")
     save_base(folder / "base")
-    train, _ = generate(6, 0)
+    train, _ = generate(3, 0)
     write_rows(folder / "train.jsonl", train)
     data = ["--data", f"{folder}/train.jsonl", "--chat", "--quiet"]
     assert main(["fit-prior", f"{folder}/base", "--clusters", "4", "--out", f"{folder}/adapter", *data]) == 0
@@ -78,7 +78,7 @@ def test_a_new_adapter_has_the_recommended_form_and_a_fitted_prior(place, capsys
     parameters = sum(p.numel() for name, p in model.named_parameters() if "trex_" in name)
     assert facts["Parameters"] == f"{parameters:,}"
     card = (place / "adapter" / "README.md").read_text()
-    assert "| Tasks | add, capitals, count, date, larger, last word, reverse, weekday |" in card
+    assert f"| Tasks | {', '.join(sorted(TASKS))} |" in card
 
 
 def test_the_papers_form(place, tmp_path, capsys):
@@ -122,7 +122,11 @@ def test_report(adapter, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "# Routing of `default`" in printed and "| group |" in printed
     assert (tmp_path / "routing.png").stat().st_size > 10_000
-    assert main(["report", folder, "--out", str(tmp_path / "routing.md"), "--max-batches", "1", *data]) == 0
+    report = ["report", folder, "--out", str(tmp_path / "routing.md"), "--max-batches", "1", *data]
+    assert main([*report, "--plot", str(tmp_path / "few.svg")]) == 0
+    assert main([*report, "--plot", str(tmp_path / "all.svg"), "--detail"]) == 0
+    drawn = [(tmp_path / f"{name}.svg").read_text() for name in ("few", "all")]
+    assert ["dead experts" in text for text in drawn] == [False, True]
     assert "| group |" not in (tmp_path / "routing.md").read_text()
 
 

@@ -55,7 +55,7 @@ def made(tmp_path_factory):
     tokenizer.save_pretrained(folder / NAME)
     base = make_llama(vocab_size=len(tokenizer), eos_token_id=2, max_position_embeddings=256)
     base.save_pretrained(folder / NAME)
-    return folder, generate(8, 0)[0]
+    return folder, generate(4, 0)[0]
 
 
 @pytest.fixture

@@ -1,18 +1,24 @@
 """The demo, from its first line to its last, on a tiny model; and the tasks it generates."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
-from datetime import date
 from pathlib import Path
 
 import pytest
+import quickstart
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tasks import MONTHS, TASKS, WORDS, generate, load
+from small_model import encode, load_model, prompt_ids, right_answers, shares
+from tasks import TASKS, generate, load
 from texts import save_tiny_model
+from transformers import DataCollatorForSeq2Seq
 
-from peft_trex import SemanticRouter
+from peft_trex import SemanticRouter, TRexConfig
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -25,67 +31,72 @@ def _quickstart(*arguments):
 # A model with a chat template, and one without.
 TEMPLATE = """{% for message in messages %}<s>{{ message['role'] }} {{ message['content'] }}</s>{% endfor %}\
 {% if add_generation_prompt %}<s>assistant {% endif %}"""
-RUNS = {"--bf16": TEMPLATE, "--no-bf16": None}
+RUNS = {"--full": TEMPLATE, "--no-bf16": None}
 
 
 @pytest.fixture(scope="module", params=RUNS)
-def template(request):
-    return RUNS[request.param]
+def form(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory, template):
+def tiny_model(tmp_path_factory, form):
     folder = tmp_path_factory.mktemp("model")
     save_tiny_model(folder)
-    if template:
-        (folder / "chat_template.jinja").write_text(template)
+    if RUNS[form]:
+        (folder / "chat_template.jinja").write_text(RUNS[form])
     return folder
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_model, tmp_path_factory, template):
+def finished(tiny_model, tmp_path_factory, form):
     """The demo's folder when it has run through, and the process."""
     folder = tmp_path_factory.mktemp("demo")
-    precision = next(name for name, one in RUNS.items() if one == template)
-    result = _quickstart("--model", tiny_model, "--steps", 3, "--test", 2, "--out", folder, precision)
+    result = _quickstart("--model", tiny_model, "--steps", 8, "--test", 2, "--out", folder, form)
     assert result.returncode == 0, result.stderr[-3000:]
     return folder, result
 
 
 @pytest.mark.slow
-def test_quickstart_runs_through(finished, template):
+def test_quickstart_runs_through(finished, form):
     folder, result = finished
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
-    words = "the latest user message alone, which stands between '<s>user ' and '</s>'"
-    assert (words in result.stdout) == bool(template) == bool(config["chat_markers"])
+    full = form == "--full"
+    assert bool(config["chat_markers"]) == full and config["num_clusters"] == len(TASKS)
     for words in (
-        "8 tasks, 4800 training rows, 16 held-out prompts",
-        "32 clusters",
-        "bitwise equal",
-        "one for each of 32 clusters",
-        "exported as 33 plain LoRA adapters",
-        "KL(adapter || merged) = ",
+        "16 tasks, 128 training rows, 32 held-out prompts",
+        "in 16 clusters",
+        "16 prompts are bitwise equal",
+        "one for each of 16 clusters",
+        "T-REX export: 17 LoRA, 16 clusters",
+        "the exported router sent 32 prompts to",
+        "steps 1 to 2",
         "mean ",
     ):
         assert words in result.stdout, result.stdout
-    for task in TASKS:
-        assert f"\n{task} " in result.stdout
+    [table] = re.findall(r"right answers to held-out prompts\n(.*?)\n\n", result.stdout, re.DOTALL)
+    head, *lines = table.splitlines()
+    columns = ["base", "LoRA", "T-REX", "served", "merged"] if full else ["LoRA", "T-REX", "served"]
+    assert head.split() == columns
+    assert [line.rsplit(None, len(columns))[0] for line in lines] == [*sorted(TASKS), "mean"]
+    assert "arning" not in result.stderr, result.stderr
+    for step in ("LoRA r=32", "T-REX: training", "a fresh process"):
+        assert re.search(rf"\[{step}: \d+ s by the clock, \d+ s of processors\]", result.stdout)
     assert (folder / "routing.png").read_bytes().startswith(b"\x89PNG")
-    assert "last word" in (folder / "routing.md").read_text()
-    assert (folder / "adapter" / "adapter_config.json").exists()
+    assert "Halden gleeb" in (folder / "routing.md").read_text()
     router = SemanticRouter.from_pretrained(folder / "lora")
     assert all((adapter / "adapter_model.safetensors").exists() for adapter in router.adapters.values())
 
 
 @pytest.mark.slow
-def test_a_changed_adapter_is_noticed_when_it_is_reloaded(finished, tmp_path, tiny_model):
+def test_a_changed_adapter_is_noticed_when_it_is_reloaded(finished, tmp_path, tiny_model, form):
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
     key = next(key for key in tensors if "trex_B" in key)
     tensors[key] += 1e-3
     save_file(tensors, file)
-    result = _quickstart("--model", tiny_model, "--out", tmp_path, "--reload")
+    result = _quickstart("--model", tiny_model, "--out", tmp_path, "--reload", *["--chat"] * (form == "--full"))
     assert result.returncode != 0
     assert "reloaded adapter differs" in result.stderr
 
@@ -109,34 +120,100 @@ def test_data_of_ones_own(tmp_path):
             load(file)
 
 
-def test_generated_tasks_are_right_and_held_out():
+def test_both_methods_get_the_same_rows_in_the_same_order(tmp_path, monkeypatch):
+    save_tiny_model(tmp_path)
+    base, tokenizer = load_model(str(tmp_path))
+    seen = []
+
+    class Watched(DataCollatorForSeq2Seq):
+        def __call__(self, features, return_tensors=None):
+            seen.append([len(row["input_ids"]) for row in features])
+            return super().__call__(features, return_tensors)
+
+    monkeypatch.setattr(quickstart, "DataCollatorForSeq2Seq", Watched)
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--steps", "3", "--out", str(tmp_path), "--no-bf16"])
+    options = quickstart.parse()
+    data = Dataset.from_list([encode(tokenizer, {"prompt": "p" * size, "answer": "a"}) for size in range(1, 61)])
+    orders = []
+    for config in (LoraConfig(target_modules="all-linear"), TRexConfig(use_prior=False)):
+        model = get_peft_model(base, config)
+        torch.manual_seed(len(orders))
+        assert len(quickstart.train(model, tokenizer, data, 1e-3, options, "")) == 3
+        orders.append(seen[-3:])
+        base = model.unload()
+    assert orders[0] == orders[1] and len({size for step in orders[0] for size in step}) == 3 * quickstart.ROWS
+
+
+def test_an_answer_is_right_if_greedy_decoding_writes_it(tmp_path):
+    save_tiny_model(tmp_path)
+    model, tokenizer = load_model(str(tmp_path))
+    rows = [{"task": f"t{index % 2}", "prompt": "p" * (index + 1), "answer": "?"} for index in range(6)]
+    for row in rows[:4]:
+        ids = torch.tensor([prompt_ids(tokenizer, row["prompt"])])
+        new = model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=-1)[0, ids.shape[1] :]
+        row["tokens"] = new.tolist()
+
+    # The tiny model's greedy tokens are no texts that could be encoded again, so they stand in the encoding.
+    def encoded(tokenizer, row):
+        prompt = prompt_ids(tokenizer, row["prompt"])
+        answer = row.get("tokens", [5, 6, 7])
+        return {
+            "input_ids": prompt + answer,
+            "attention_mask": [1] * len(prompt + answer),
+            "labels": [-100] * len(prompt) + answer,
+        }
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("small_model.encode", encoded)
+        hits = right_answers(model, tokenizer, rows)
+    assert hits == [True] * 4 + [False] * 2
+    assert shares(rows, hits) == {"t0": 2 / 3, "t1": 2 / 3, "mean": 2 / 3}
+    assert encode(tokenizer, rows[0])["labels"][-1] == tokenizer.eos_token_id
+
+
+def test_generated_tasks_are_held_out():
     train, test = generate(50, 8, seed=3)
-    assert len(TASKS) >= 6
+    assert len(TASKS) == 16 and len(train) == 50 * 16 and len(test) == 8 * 16
     assert {row["task"] for row in train} == {row["task"] for row in test} == set(TASKS)
-    assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
+    assert not {_date(row) for row in train} & {_date(row) for row in test}
     assert generate(50, 8, seed=3) == (train, test) != generate(50, 8, seed=4)
+    more, same = generate(90, 8, seed=3)
+    assert same == test and {row["prompt"] for row in train} < {row["prompt"] for row in more}
+
+
+def test_tasks_are_asked_the_same_and_each_wants_something_else():
+    train, test = generate(50, 8, seed=3)
+    by_date = {}
     for row in train + test:
-        assert _solve(row["task"], row["prompt"]) == row["answer"], row
+        assert sorted(re.findall(r"\w+", row["answer"])) == sorted(_date(row).split())
+        by_date.setdefault(_date(row), []).append(row)
+    assert {len(rows) for rows in by_date.values()} == {16}
+    for date, rows in by_date.items():
+        # Where two of the date's parts are equal, so are some answers.
+        assert len({row["answer"] for row in rows}) == 16 or len(set(date.split())) < 3
+    # The first test rows are one date, as each task wants it.
+    assert len({_date(row) for row in test[:16]}) == 1
 
 
-def _solve(task, prompt):
-    """Each task once more, from the text of its prompt."""
-    words = prompt.replace("?", "").replace(".", "").replace(",", "").split()
-    listed = [word for word in words if word in WORDS]
-    numbers = [int(word) for word in words if word.isdigit()]
-    if task == "last word":
-        return words[-1]
-    if task == "reverse":
-        return " ".join(words[:-4:-1])
-    if task == "capitals":
-        return listed[0].upper()
-    if task == "count":
-        return str(len(prompt.partition(": ")[2].split()))
-    if task == "larger":
-        return str(max(numbers))
-    if task == "add":
-        return str(sum(numbers))
-    if task == "weekday":
-        weekdays = {date(2024, 1, day).strftime("%A"): day for day in range(1, 8)}
-        return date(2024, 1, weekdays[words[3]] + numbers[0]).strftime("%A")
-    return date(numbers[1], MONTHS.index(words[4]) + 1, numbers[0]).isoformat()
+def test_a_task_has_one_convention_which_neither_of_its_words_tells():
+    conventions = {}
+    train, test = generate(50, 8, seed=3)
+    for row in train + test:
+        said = _date(row).split()
+        order = tuple(said.index(part) for part in re.findall(r"\w+", row["answer"]))
+        between = re.sub(r"\w+", "", row["answer"])
+        if len(set(said)) == 3:
+            conventions.setdefault(row["task"], set()).add((order, between))
+    assert {len(found) for found in conventions.values()} == {1}
+    for place in (0, 1):
+        tasks_of = {}
+        for task, found in conventions.items():
+            tasks_of.setdefault(task.split()[place], []).append(found)
+        assert {len(found) for found in tasks_of.values()} == {2}
+        assert all(first != second for first, second in tasks_of.values())
+
+
+def _date(row):
+    date, _, task = row["prompt"].partition(" for ")
+    assert task == row["task"]
+    return date

@@ -110,13 +110,19 @@ class RoutingReport:
             sections.append(self._group_table())
         return "\n\n".join(sections) + "\n"
 
-    def plot(self, path: str | os.PathLike[str]) -> None:
+    def plot(self, path: str | os.PathLike[str], *, detail: bool = False) -> None:
         """Draw the report, as heatmaps over blocks and kinds of layers, to a file of any kind that matplotlib writes.
+
+        Args:
+            path: the file.
+            detail: False draws up to five maps that fit on a screen: which experts and which clusters the groups use,
+                in which layers the adapter adds most, and where the groups are told apart. True draws all maps, among
+                them the load of each expert in each layer.
 
         Raises:
             ImportError: if matplotlib is missing.
         """
-        draw(path, str(self).partition(";")[0], self.layers, self.groups, self.group_clusters)
+        draw(path, str(self).partition(";")[0], self.layers, self.groups, self.group_clusters, detail)
 
     def _layer_table(self) -> str:
         columns = COLUMNS | (GROUP_COLUMNS if self.groups else {})
