@@ -69,14 +69,14 @@ def complete(server: str, path: str, body: dict[str, Any], max_tokens: int) -> t
     return adapter, [one["id"] for one in answer["choices"][0]["logprobs"]["content"]]
 
 
-def forms(tokenizer: Any, questions: Sequence[str]) -> dict[str, list[tuple[str, dict[str, Any]]]]:
-    """Each question in all the forms that a request for it can have."""
-    ids = [encode(tokenizer, question) for question in questions]
+def forms(tokenizer: Any, questions: Sequence[str], router: Any) -> dict[str, list[tuple[str, dict[str, Any]]]]:
+    """Each question in all the forms that a request for it can have; chats for an adapter that was trained on some."""
+    ids = [encode(tokenizer, question, router) for question in questions]
     found = {
         "token ids": [(COMPLETIONS, {"prompt": one}) for one in ids],
         "texts": [(COMPLETIONS, {"prompt": tokenizer.decode(one), "add_special_tokens": False}) for one in ids],
     }
-    if tokenizer.chat_template is not None:
+    if router.chat_markers is not None:
         chats = [[{"role": "user", "content": question}] for question in questions]
         found["chats"] = [(CHAT, {"messages": one}) for one in chats]
     return {**found, "requests to the base model": [(path, {**body, "model": BASE}) for path, body in found["texts"]]}
@@ -111,9 +111,9 @@ def main() -> None:
     print(f"{len(router.adapters)} adapters are GGUF files, after {time.monotonic() - start:.0f} seconds")
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    rows = load(arguments.data)[1] if arguments.data else generate(600, 16)[1]
+    rows = load(arguments.data)[1] if arguments.data else generate()[1]
     questions = [row["prompt"] for row in rows[: arguments.prompts]]
-    prompts = [encode(tokenizer, question) for question in questions]
+    prompts = [encode(tokenizer, question, router) for question in questions]
     routed = router.adapter_names(prompts)
     peft = StockPeft(model, router.adapters, tokenizer.eos_token_id)
     expected = peft.complete_all(routed, prompts, arguments.max_tokens)
@@ -137,7 +137,7 @@ def main() -> None:
         running(proxy, server, out / "proxy.log", arguments.timeout, {}),
         ThreadPoolExecutor(len(prompts)) as pool,
     ):
-        for title, bodies in forms(tokenizer, questions).items():
+        for title, bodies in forms(tokenizer, questions, router).items():
             asked = [pool.submit(complete, server, path, body, arguments.max_tokens) for path, body in bodies]
             adapters, found = zip(*(one.result() for one in asked), strict=True)
             names, right = ([BASE] * len(prompts), plain) if "base" in title else (routed, expected)

@@ -8,6 +8,7 @@ from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 import serve_llama
@@ -213,8 +214,9 @@ def test_a_chat_and_a_text_ask_llama_cpp_for_the_tokens_in_its_ways(monkeypatch)
         return (200, "cluster_00", {"choices": [{"logprobs": tokens}]}) if len(asked) < 5 else (500, "", 0)
 
     monkeypatch.setattr(serve_llama, "ask", answer)
-    tokenizer = make_tokenizer()
-    for title, ((path, body),) in serve_llama.forms(tokenizer, ["w5 w6"]).items():
+    tokenizer, router = make_tokenizer(), SimpleNamespace(chat_markers={})
+    assert "chats" not in serve_llama.forms(tokenizer, ["w5 w6"], SimpleNamespace(chat_markers=None))
+    for title, ((path, body),) in serve_llama.forms(tokenizer, ["w5 w6"], router).items():
         assert serve_llama.complete("here", path, body, 3) == ("cluster_00", [5, 2])
         sent = asked[-1][1]
         assert (sent["max_tokens"], sent["temperature"]) == (3, 0)
