@@ -107,7 +107,7 @@ def calibrate(arguments: argparse.Namespace) -> None:
     from .files import load, save
 
     model, tokenizer = load(arguments.adapter, arguments)
-    _calibrate(model, tokenizer, arguments, arguments.per_cluster)
+    _calibrate(model, tokenizer, arguments, arguments.groups or arguments.per_cluster)
     save(model, arguments.out or arguments.adapter)
 
 
@@ -129,16 +129,18 @@ def export(arguments: argparse.Namespace) -> None:
     from .lora.export import save_trex_as_lora
 
     check_new(arguments.out)
+    if arguments.groups and (arguments.data is None or arguments.overall):
+        raise ValueError("--groups is found among the prompts of --data, and is not for --overall.")
     model, tokenizer = load(arguments.adapter, arguments)
     if arguments.data is not None:
-        _calibrate(model, tokenizer, arguments, not arguments.overall)
+        _calibrate(model, tokenizer, arguments, arguments.groups or not arguments.overall)
     print(
         save_trex_as_lora(model, arguments.out, per_cluster=not arguments.overall, max_adapters=arguments.max_adapters)
     )
     print(f"saved {arguments.out}")
 
 
-def _calibrate(model: Any, tokenizer: Any, arguments: argparse.Namespace, per_cluster: bool) -> None:
+def _calibrate(model: Any, tokenizer: Any, arguments: argparse.Namespace, per_cluster: bool | int) -> None:
     from .deploy.calibration import calibrate_trex_merge
     from .files import batches_of
 
@@ -210,6 +212,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_adapter(part)
     part.add_argument("--per-cluster", action="store_true", help="for each cluster of prompts too, which export needs")
+    _add_groups(part)
     part.add_argument("--out", metavar="FOLDER", help="where the adapter goes (default: where it came from)")
     _add_data(part, required=True, fit=True)
 
@@ -232,10 +235,16 @@ def make_parser() -> argparse.ArgumentParser:
     part.add_argument(
         "--max-adapters", type=_count, metavar="N", help="join the clusters that are closest to N adapters"
     )
+    _add_groups(part)
     part.add_argument("--overall", action="store_true", help="only one LoRA, for all prompts, and no router")
     _add_data(part, required=False, fit=True)
     commands.add_parser("serve-router", help="put an export behind one model's name, in front of a server")
     return parser
+
+
+def _add_groups(part: argparse.ArgumentParser) -> None:
+    said = "for N groups of prompts, found among those of --data, instead of the prior's clusters"
+    part.add_argument("--groups", type=_count, metavar="N", help=said)
 
 
 def _count(text: str) -> int:

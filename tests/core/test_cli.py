@@ -166,6 +166,13 @@ def test_export(adapter, tmp_path, capsys):
     assert len(set(router.clusters)) == 4
     assert main(["export", folder, "--max-adapters", "2", "--out", str(tmp_path / "two"), *data]) == 0
     assert len(set(SemanticRouter.from_pretrained(tmp_path / "two").clusters)) == 2
+    assert main(["export", folder, "--groups", "6", "--out", str(tmp_path / "six"), *data]) == 0
+    assert len(set(SemanticRouter.from_pretrained(tmp_path / "six").clusters)) == 6
+    capsys.readouterr()
+    assert main(["export", folder, "--groups", "6", "--out", str(tmp_path / "none"), "--quiet"]) == 1
+    assert "--groups is found among the prompts of --data" in capsys.readouterr().err
+    assert main(["calibrate", folder, "--groups", "5", *data]) == 0
+    assert "for each of 5 clusters" in capsys.readouterr().out
     assert main(["calibrate", folder, "--per-cluster", *data]) == 0
     capsys.readouterr()
     assert main(["export", folder, "--max-adapters", "2", "--out", str(tmp_path / "none"), "--quiet"]) == 1
