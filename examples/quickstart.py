@@ -64,7 +64,7 @@ from peft_trex import (
     save_trex_as_lora,
 )
 
-STEPS, ROWS = 60, 12  # of a training, and of each step
+STEPS, ROWS = 45, 12  # of a training, and of each step
 LORA = 32  # the rank of the LoRA beside T-REX, of 3.7 times its parameters
 
 
@@ -275,6 +275,10 @@ def main() -> None:
             count = min(1000, max(8, options.steps * ROWS // len(TASKS)))
             train_rows, test = generate(count, options.test, options.seed)
         base, tokenizer = load(options)
+        # A fresh process reads the weights in a second, where those of the package must be unpacked.
+        if options.model is None:
+            base.save_pretrained(out / "base")
+            tokenizer.save_pretrained(out / "base")
         data = Dataset.from_list([encode(tokenizer, row) for row in train_rows])
     print(f"{len({row['task'] for row in test})} tasks, {len(train_rows)} training rows, {len(test)} held-out prompts")
     right, losses = {}, {}
@@ -329,7 +333,7 @@ def main() -> None:
 
     with step("a fresh process"):
         again = [sys.executable, __file__, "--reload", "--out", str(out)]
-        again += ["--chat"] * options.chat + (["--model", options.model] if options.model else [])
+        again += ["--chat"] * options.chat + ["--model", options.model or str(out / "base")]
         subprocess.run(again, check=True)
         right["served"] = json.loads((out / "served.json").read_text())
     if options.full:
