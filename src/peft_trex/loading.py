@@ -196,8 +196,8 @@ def split_calibrated(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What a calibration has left in a file, by its keys in the model, and the file's other tensors.
 
-    That are the static weights of the layers, the adapter's, by the layers' names, and perhaps the prior's cells, by
-    this key. Raises a WrongShape if one has a wrong shape, or only some of the layers have static weights.
+    These are the adapter's static weights in its `layers`, which are given by name, and perhaps the prior's `cells`,
+    which is their key. Raises a WrongShape if one has a wrong shape, or only some layers have static weights.
     """
     static = {name: tensors[key] for name in layers if (key := f"{name}.{STATIC}") in tensors}
     found = {cells: tensors[cells]} if cells in tensors else {}

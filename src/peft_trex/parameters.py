@@ -217,6 +217,7 @@ class TRexParameters(BaseTunerLayer):
         """Delete an adapter of this layer, and its prior with it; PEFT deletes an adapter in all layers."""
         others = [name for name in self.active_adapters if name != adapter_name]
         was_active = len(others) < len(self.active_adapters)
+        self._kept.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
         priors: Any = self._channel.priors
         priors.put(adapter_name, None)

@@ -145,3 +145,12 @@ def test_the_base_layers_own_output_stays_as_it_is():
         chat.next(torch.tensor([[token]]))
     for x, output in seen:
         torch.testing.assert_close(output, torch.nn.functional.linear(x, layer.base_layer.weight))
+
+
+def test_a_deleted_adapter_leaves_nothing_behind():
+    model = _twins("recommended")[0]
+    Chat(model, prompts(1)).next(torch.tensor([[5]]))
+    layers = [module for module in model.modules() if isinstance(module, TRexLayer)]
+    assert all(layer._kept for layer in layers)
+    model.delete_adapter("default")
+    assert not any(layer._kept for layer in layers)

@@ -23,9 +23,9 @@ MOST = 2**16
 
 
 def find_cells(model: nn.Module, adapter_name: str, data: Data, number: int) -> Tensor:
-    """The directions (m, K) of length one that prompts are told by, of so many cells: k-means on their scores.
+    """The centres (m, K), of length one, of so many cells: a k-means of the directions of the prompts' scores.
 
-    Scores have their length by their direction, so directions tell them apart.
+    The direction of a prompt's scores determines their length, so directions tell all that scores tell.
 
     Raises:
         ValueError: if the data have fewer distinct prompts than `number`.

@@ -17,7 +17,7 @@ from .token_rows import TOKEN_IDS, TOKEN_ROWS, replace_rows
 
 # The name of a tensor that only some priors have, in a prior and in an adapter's file.
 CELLS = "cells"
-# What a prior may be without, and of what size is known from a file alone.
+# A prior may lack these, and only its file tells how large they are.
 OPTIONAL = (CELLS, TOKEN_IDS, TOKEN_ROWS)
 
 
