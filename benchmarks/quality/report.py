@@ -221,7 +221,7 @@ def verdict(parts: Sequence[Part]) -> str:
         "of twenty intervals, one misses.\n"
     ]
     for claim, judge in claims:
-        lines = [f"  - {part.name} {found}" for part in parts if (found := judge(part)) is not None]
+        lines = [f"    - {part.name} {found}" for part in parts if (found := judge(part)) is not None]
         said.append("\n".join([f"- {claim}: {'' if lines else '**not measured**.'}".rstrip(), *lines]))
     return "\n".join(said) + "\n"
 
