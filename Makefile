@@ -135,11 +135,11 @@ $(VLLM)/serve: constraints-vllm.txt pyproject.toml
 	touch $@
 
 # llama.cpp's converters, as the sources of its Python bindings carry them, and its server, as another package does: so
-# nothing need be compiled.
+# nothing need be compiled. A converter imports sentencepiece before it looks which kind of tokenizer there is.
 LLAMA_SOURCES := llama_cpp_python-0.3.36
 $(LLAMA)/serve: $(VENV)/demo
 	rm -rf $(LLAMA)
-	$(INSTALL) -e ".[serve]"
+	$(INSTALL) -e ".[serve]" sentencepiece
 	$(BIN)/python -m pip install --quiet --no-deps --target $(LLAMA)/python xllamacpp==2026.10.11549
 	$(BIN)/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(LLAMA) \
 		llama-cpp-python==$(LLAMA_SOURCES:llama_cpp_python-%=%)
