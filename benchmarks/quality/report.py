@@ -269,9 +269,12 @@ class Pace(NamedTuple):
 
 
 def pace(own: Runs, other: Runs, level: str) -> Pace | None:
-    """The ratio of steps to a loss; who did not get there counts as having needed all steps of the run."""
+    """The ratio of steps to a loss; who did not get there counts as having needed all steps of the run.
+
+    Older rows do not tell their steps, which does not mean that these did not get there.
+    """
     ratios, bounds = [], set()
-    for seed in sorted(set(own) & set(other)):
+    for seed in sorted(seed for seed in set(own) & set(other) if _loss_steps(own[seed]) and _loss_steps(other[seed])):
         mine, others = (_loss_steps(runs[seed]).get(level) for runs in (own, other))
         if mine is None and others is None:
             continue
@@ -293,8 +296,9 @@ def _paces(part: Part) -> str:
     if not all_runs:
         return ""
     levels, lines = list(_loss_steps(all_runs[-1])), []
-    for method, runs in part.methods.items():
-        if not any(_loss_steps(row) for row in runs.values()):
+    for method, every in part.methods.items():
+        runs = {seed: row for seed, row in every.items() if _loss_steps(row)}
+        if not runs:
             continue
         line = [method, str(len(runs))]
         for level in levels:
