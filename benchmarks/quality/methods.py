@@ -94,6 +94,9 @@ METHODS: dict[str, Method] = {
     f"{RECOMMENDED}, scale 4": Method(_recommended(prior_scale=4.0)),
     f"{RECOMMENDED}, unwhitened": Method(_recommended(prior_whitening=None)),
     f"{RECOMMENDED}, answer": Method(_recommended(prior_scope="answer")),
+    # as many clusters as there are tasks, where these are more than 32
+    f"{RECOMMENDED}, 64 clusters": Method(_recommended(num_clusters=64)),
+    f"{RECOMMENDED}, 128 clusters": Method(_recommended(num_clusters=128)),
     f"{RECOMMENDED}, router": Method(_recommended(use_router=True, init_weights="random_router")),
     # as many experts as fit the parameters of 4 x 8
     "T-REX paired": Method(_trex(expert_layout="paired", r_a=15, r_b=15, num_clusters=15)),
