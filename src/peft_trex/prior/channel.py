@@ -232,5 +232,5 @@ class CheckpointWithPrior:
         # A layer's bound method tells whose it is, and some checkpoint functions (LLaMA-Factory's) ask.
         owner = getattr(getattr(function, "func", function), "__self__", None)
         if owner is not None:
-            setattr(rerun, "__self__", owner)
+            rerun.__self__ = owner  # type: ignore[attr-defined]
         return self.checkpoint(rerun, *args, **kwargs)
