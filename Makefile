@@ -19,6 +19,13 @@ DEEPSPEED := deepspeed hjson msgpack py-cpuinfo
 # is for tests/examples/test_lm_eval.py alone, which runs it in a process of its own; of its 80 MB, 75 are tasks
 LM_EVAL := lm_eval sacrebleu portalocker tabulate colorama lxml
 
+# Trainers ask for other releases than ours, too; tests/integrations/test_other_trainers.py runs them in processes of their
+# own. Most of modelscope are models, which ms-swift does not read.
+SWIFT := ms-swift modelscope modelscope-hub json-repair
+
+# pins an older TRL, so it can have no constraints; the library of torchaudio is for torch's CUDA build, and text needs none
+LLAMA_FACTORY := llamafactory==0.9.5 omegaconf==2.4.0 torchaudio==2.11.1 trl==0.24.0
+
 # Those of the source distribution that read data, benchmarks, examples and documents beside them; all are collected.
 SDIST_TESTS := $(addprefix tests/,core/test_mixture.py core/test_packaging.py examples/test_quickstart.py \
 	$(addprefix benchmarks/test_,benchmarks.py operations.py scaling.py))
@@ -116,6 +123,10 @@ $(VENV)/test: $(VENV)/torch pyproject.toml
 	$(INSTALL) --no-deps --upgrade --target $(VENV)/deepspeed $(DEEPSPEED)
 	$(INSTALL) --no-deps --upgrade --target $(VENV)/lm_eval $(LM_EVAL)
 	rm -rf $(VENV)/lm_eval/lm_eval/tasks/*/
+	$(INSTALL) --no-deps --no-compile --upgrade --target $(VENV)/swift $(SWIFT)
+	rm -rf $(VENV)/swift/modelscope/models
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --upgrade --target $(VENV)/llamafactory $(LLAMA_FACTORY)
+	rm -f $(VENV)/llamafactory/torchaudio/lib/*.so
 	touch $@
 
 $(VENV)/docs: $(VENV)/torch pyproject.toml

@@ -1,5 +1,7 @@
 """Gradient checkpointing runs layers again when their forward is over: each run must see its own forward's prior."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import MAKERS, adapted, answered, make_llama
@@ -95,3 +97,20 @@ def test_a_foreign_checkpoint_is_refused_rather_than_wrong():
     loss = _one(model)
     with pytest.raises(RuntimeError, match="gradient_checkpointing_enable"):
         loss.backward()
+
+
+@pytest.mark.parametrize("around", [partial, lambda method: method])
+def test_a_checkpoint_function_may_ask_whose_method_it_runs(around):
+    model = adapted().train()
+    expected = _gradients(model, _one)
+    layer, owners = model.base_model.model.model.layers[0].mlp, []
+
+    def asking(function, *args):
+        owners.append(function.__self__)
+        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
+
+    inner, checkpoint = around(layer.forward), CheckpointWithPrior(asking, model.base_model.prompts.channel)
+    layer.forward = lambda x: checkpoint(inner, x)
+    found = _gradients(model, _one)
+    assert owners == [layer]
+    assert all(torch.allclose(found[name], expected[name]) for name in expected)

@@ -229,4 +229,8 @@ class CheckpointWithPrior:
                 )
             return channel.run(state, function, *inner_args, **inner_kwargs)
 
+        # A layer's bound method tells whose it is, and some checkpoint functions (LLaMA-Factory's) ask.
+        owner = getattr(getattr(function, "func", function), "__self__", None)
+        if owner is not None:
+            rerun.__self__ = owner  # type: ignore[attr-defined]
         return self.checkpoint(rerun, *args, **kwargs)
