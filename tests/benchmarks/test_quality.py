@@ -410,8 +410,8 @@ def test_every_method_trains(name, texts):
     sentences = lambda prompts: torch.randn(len(prompts), 384)  # noqa: E731
     is_trex = name.startswith("T-REX") or name == "oracle"
     own = Texts(texts.tokenizer, embedding_of(method, sentences, tasks), masked=is_trex)
-    # of so many letters that prompts vary in all directions that a prior may whiten
-    words = [" ".join(random.Random(number).choices(string.ascii_letters, k=8)) for number in range(80)]
+    # more than any method has clusters, of so many letters that they vary in all directions that a prior may whiten
+    words = [" ".join(random.Random(number).choices(string.ascii_letters, k=8)) for number in range(160)]
     examples = [own.example(_row("ab", prompt=word)) for word in words]
     if is_trex and model.active_peft_config.use_prior:
         fit_prior(method, model, [own.collate(examples)], 1)
