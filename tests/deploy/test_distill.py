@@ -145,3 +145,14 @@ def test_the_tokens_that_count():
     attended.start(inputs)
     assert torch.equal(predicted(logits, inputs, attended, causal=True), mask.bool())
     assert predicted(logits[:, 0], inputs, attended, causal=False).tolist() == [True, True]
+
+
+@pytest.mark.parametrize("width", (8, 512))
+def test_a_step_moves_wide_weights_output_no_further_than_narrow_ones(width):
+    """Adam moves all weights alike, so their number would count: wide fits got worse at the first steps."""
+    statics = {"layer": torch.randn(3, 8, width)}
+    student = distill._Student(exact_model(), "default", statics, by_cluster=False)
+    with torch.no_grad():
+        student.changes["layer"].fill_(1.0)
+    moved = (student.weights()["layer"] - statics["layer"]).norm(dim=-1)
+    torch.testing.assert_close(moved, statics["layer"].square().mean().sqrt().expand_as(moved))

@@ -28,8 +28,8 @@ from ..undo import Undone
 
 # Of so many batches one is held out; it is looked at so many times in all.
 EVERY, LOOKS = 4, 8
-# The first steps change a weight by this share of the root mean square of its layer's; the rate falls to zero.
-RATE = 0.02
+# The first steps change a layer's output by some such share; the rate falls to zero.
+RATE = 0.05
 Statics = dict[str, Tensor]  # (1 + K, r_b, n) by the layers' names
 
 
@@ -122,8 +122,11 @@ class _Student:
     def __init__(self, model: nn.Module, adapter_name: str, statics: Statics, by_cluster: bool) -> None:
         self.tuner, self.model, self.adapter_name = find_tuner(model), find_peft_model(model), adapter_name
         self.layers, self.statics, self.by_cluster = self.tuner.layers_of(adapter_name), statics, by_cluster
-        # A change of one is as large as the weights are on average.
-        self.scales = {name: static.square().mean().sqrt().clamp(min=1e-30) for name, static in statics.items()}
+        # Adam moves all weights of a row by the same amount, so n of them together move the output the sqrt(n)-fold.
+        self.scales = {
+            name: (static.square().mean() / static.shape[-1]).sqrt().clamp(min=1e-30)
+            for name, static in statics.items()
+        }
         self.changes = {name: torch.zeros_like(static, requires_grad=True) for name, static in statics.items()}
 
     def weights(self) -> Statics:
