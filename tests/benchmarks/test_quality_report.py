@@ -521,9 +521,8 @@ def test_a_loss_that_was_not_reached_bounds_the_ratio():
     assert report.pace(runs(20, None), runs(40, None), "0.1").seeds == 1  # what nobody reached tells nothing
     assert report.pace(runs(20, None), runs(None, 40), "0.1") is None  # bounds to both sides
     assert report.pace(runs(None), runs(None), "0.1") is None
-    older = {
-        seed: {"steps": 100} for seed in (0, 1)
-    }  # rows of before steps were recorded, not of steps that nobody reached
+    # These rows are older than the record of steps, which does not say that nobody got there.
+    older = {seed: {"steps": 100} for seed in (0, 1)}
     assert report.pace(runs(20, 50), older, "0.1") is None
 
 

@@ -149,7 +149,7 @@ def test_the_tokens_that_count():
 
 @pytest.mark.parametrize("width", (8, 512))
 def test_a_step_moves_wide_weights_output_no_further_than_narrow_ones(width):
-    """Adam moves all weights alike, so their number would count: wide fits got worse at the first steps."""
+    """Adam changes all weights alike, so their number must not count: wide fits got worse at first."""
     statics = {"layer": torch.randn(3, 8, width)}
     student = distill._Student(exact_model(), "default", statics, by_cluster=False)
     with torch.no_grad():

@@ -28,7 +28,7 @@ from ..undo import Undone
 
 # Of so many batches one is held out; it is looked at so many times in all.
 EVERY, LOOKS = 4, 8
-# The first steps change a layer's output by some such share; the rate falls to zero.
+# The first steps change a layer's output by about this share at most; the rate falls to zero.
 RATE = 0.05
 Statics = dict[str, Tensor]  # (1 + K, r_b, n) by the layers' names
 
@@ -122,7 +122,8 @@ class _Student:
     def __init__(self, model: nn.Module, adapter_name: str, statics: Statics, by_cluster: bool) -> None:
         self.tuner, self.model, self.adapter_name = find_tuner(model), find_peft_model(model), adapter_name
         self.layers, self.statics, self.by_cluster = self.tuner.layers_of(adapter_name), statics, by_cluster
-        # Adam moves all weights of a row by the same amount, so n of them together move the output the sqrt(n)-fold.
+        # Adam changes each of a row's n weights by the same amount. A change of one for all of them has the length that
+        # a row of the closed form has on average, so that wide layers move no further than narrow ones.
         self.scales = {
             name: (static.square().mean() / static.shape[-1]).sqrt().clamp(min=1e-30)
             for name, static in statics.items()
