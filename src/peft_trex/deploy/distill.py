@@ -122,8 +122,8 @@ class _Student:
     def __init__(self, model: nn.Module, adapter_name: str, statics: Statics, by_cluster: bool) -> None:
         self.tuner, self.model, self.adapter_name = find_tuner(model), find_peft_model(model), adapter_name
         self.layers, self.statics, self.by_cluster = self.tuner.layers_of(adapter_name), statics, by_cluster
-        # Adam changes each of a row's n weights by the same amount. A change of one for all of them is as long as a row
-        # of the closed form is on average, so that wide layers move no further than narrow ones.
+        # Adam changes each of a row's n weights by the same amount. A change of one for all of them is as long as
+        # a row of the closed form is on average, so that wide layers move no further than narrow ones.
         self.scales = {
             name: (static.square().mean() / static.shape[-1]).sqrt().clamp(min=1e-30)
             for name, static in statics.items()
