@@ -231,15 +231,18 @@ def differing(
     return count
 
 
-def seconds_of(run: Callable[[list[str]], Any], variants: Variants, repeats: int) -> dict[str, float]:
-    """Median seconds of each variant, taken in turns."""
+def in_turns(
+    run: Callable[[list[str]], list[Tokens]], variants: Variants, repeats: int
+) -> tuple[dict[str, list[Tokens]], dict[str, float]]:
+    """What each variant gave, and its median seconds, where all were run so many times in turns (once for 0)."""
+    found: dict[str, list[Tokens]] = {}
     times: dict[str, list[float]] = {title: [] for title in variants}
-    for _ in range(repeats):
+    for _ in range(max(1, repeats)):
         for title, names in variants.items():
             start = time.perf_counter()
-            run(names)
+            found[title] = run(names)
             times[title].append(time.perf_counter() - start)
-    return {title: statistics.median(found) for title, found in times.items() if found}
+    return found, {title: statistics.median(taken) for title, taken in times.items()}
 
 
 def main() -> None:
@@ -251,7 +254,7 @@ def main() -> None:
     parser.add_argument("--model", help="name or folder of the base model (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--data", type=Path, help="JSONL of task, prompt and answer (default: generated)")
     parser.add_argument("--prompts", type=int, default=32, help="how many prompts to send at once")
-    parser.add_argument("--max-tokens", type=int, default=32, help="new tokens of each prompt")
+    parser.add_argument("--max-tokens", type=int, default=16, help="new tokens of each prompt")
     parser.add_argument("--repeats", type=int, default=3, help="timings of each variant; 0 for none")
     parser.add_argument("--timeout", type=float, default=900, help="seconds to wait for the server to get ready")
     parser.add_argument(
@@ -301,19 +304,20 @@ def main() -> None:
         f"{len(set(routed))} adapters, by name": routed,
     }
     endpoint = f"{len(set(routed))} adapters, by {MODEL!r}"
-    checked = {
-        **variants,
+    mixed = {
         "base model and adapters": [name if index % 2 else BASE for index, name in enumerate(routed)],
     }
     print(f"{len(router.adapters)} adapters; {len(prompts)} prompts are routed to {len(set(routed))} of them")
 
     # PEFT first, so that an idle server takes nothing from it
     peft = StockPeft(model, router.adapters, tokenizer.eos_token_id)
-    expected = {title: peft.complete_all(names, prompts, arguments.max_tokens) for title, names in checked.items()}
+
+    def ask_peft(names: list[str]) -> list[Tokens]:
+        return peft.complete_all(names, prompts, arguments.max_tokens)
+
+    expected, peft_seconds = in_turns(ask_peft, variants, arguments.repeats)
+    expected |= {title: ask_peft(names) for title, names in mixed.items()}
     expected[endpoint] = expected[f"{len(set(routed))} adapters, by name"]
-    peft_seconds = seconds_of(
-        lambda names: peft.complete_all(names, prompts, arguments.max_tokens), variants, arguments.repeats
-    )
     assert "peft_trex" not in sys.modules  # stock PEFT did all of this alone
 
     start = time.monotonic()
@@ -324,14 +328,14 @@ def main() -> None:
         def send(names: list[str]) -> list[Tokens]:
             return complete_all(server, names, prompts, arguments.max_tokens, ignore_eos=True)
 
-        for title, names in {**checked, endpoint: [MODEL] * len(prompts)}.items():
-            found, asked = send(names), routed if title == endpoint else names
-            count = differing(peft, asked, prompts, expected[title], found, {tokenizer.eos_token_id})
+        found, vllm_seconds = in_turns(send, {**variants, endpoint: [MODEL] * len(prompts)}, arguments.repeats)
+        found |= {title: send(names) for title, names in mixed.items()}
+        for title, names in {**variants, **mixed, endpoint: routed}.items():
+            count = differing(peft, names, prompts, expected[title], found[title], {tokenizer.eos_token_id})
             print(
                 f"{title}: greedy tokens of {len(prompts) - count} of {len(prompts)} prompts are those of stock PEFT"
             )
         check_endpoint(server, router, [row["prompt"] for row in rows])
-        vllm_seconds = seconds_of(send, {**variants, endpoint: [MODEL] * len(prompts)}, arguments.repeats)
     print("server stopped")
     overhead(arguments.export, model)
     if arguments.repeats:

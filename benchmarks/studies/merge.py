@@ -3,8 +3,9 @@
     python benchmarks/studies/merge.py [--adapter runs/quickstart/adapter] [--test 40] [--calibrate 320] [--distill 0]
 
 Takes the adapter that `make demo` trained. Compared are the routed adapter; the base model with the adapter merged by
-its mean routing, by the best core, and by the best input fit; and the LoRA of each cluster, exported, and served by
-PEFT itself in mixed batches. The test prompts are the demo's, and others like them that it was not trained on.
+its mean routing, by the best core, and by the best input fit; and the LoRA of each cluster, or of each of some groups
+of prompts, exported, and served by PEFT itself in mixed batches. The test prompts are the demo's, and others like them
+that it was not trained on.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +68,12 @@ def main() -> None:
     parser.add_argument("--probe", type=int, default=64, help="test prompts to measure the KL on")
     parser.add_argument("--calibrate", type=int, default=320, help="training rows to calibrate on")
     parser.add_argument("--distill", type=int, default=0, help="distill_steps of the calibrations")
-    parser.add_argument("--forms", nargs="+", default=["mean", "core", "input", "clusters"], help="which to measure")
+    parser.add_argument(
+        "--forms",
+        nargs="+",
+        default=["mean", "core", "input", "clusters", "32 groups"],
+        help='which to measure; "N groups" has a LoRA for each of N groups of prompts',
+    )
     arguments = parser.parse_args()
     train, test = generate()
     known = {row["prompt"] for row in (*train, *test)}
@@ -82,14 +89,18 @@ def main() -> None:
     data = [collate([encode(tokenizer, row) for row in rows[start : start + 16]]) for start in range(0, len(rows), 16)]
     print(f"{len(test)} test prompts, KL on {len(probe)}; calibration on {len(rows)} training rows")
     routed = answer_logits(model, tokenizer, probe)
+    by_routed: list[bool] = []
     found: dict[str, dict[str, float]] = {}
     kl: dict[str, float] = {}
 
     def measure(form: str, deployed: Any) -> None:
         hits = right_answers(deployed, tokenizer, test, form)
+        by_routed.extend([] if by_routed else hits)
         found[form] = {**shares(test, hits), "prompts": sum(hits) / len(hits)}
         kl[form] = mean_kl(routed, answer_logits(deployed, tokenizer, probe))
-        print(f"{form}: {found[form]['prompts']:.4f} of all prompts right, KL {kl[form]:.4f}", flush=True)
+        changes = Counter(zip(by_routed, hits, strict=True))
+        lost, won = changes[True, False], changes[False, True]
+        print(f"{form}: {sum(hits)} of {len(hits)} right, {lost} lost and {won} won, KL {kl[form]:.4f}", flush=True)
 
     measure("routed", model)
 
@@ -98,11 +109,13 @@ def main() -> None:
             model.base_model.forget_static("default")  # the demo saves its adapter calibrated
         else:
             start = time.perf_counter()
-            fit = "input" if form.endswith("input") else "core"
-            settings = {"per_cluster": form.startswith("clusters"), "distill_steps": arguments.distill}
-            report = calibrate_trex_merge(model, data, fit=fit, **settings)
+            fit = "input" if form == "input" else "core"
+            per_cluster = int(form.split()[0]) if form.endswith("groups") else form == "clusters"
+            report = calibrate_trex_merge(
+                model, data, fit=fit, per_cluster=per_cluster, distill_steps=arguments.distill
+            )
             print(f"{form}: {report}; {time.perf_counter() - start:.0f} s")
-        if form.startswith("clusters"):
+        if form.endswith(("clusters", "groups")):
             with tempfile.TemporaryDirectory() as folder:
                 save_trex_as_lora(model, Path(folder) / "lora", save_embedding_layers=False)
                 measure(form, Served(load_model(arguments.model)[0], Path(folder) / "lora"))
