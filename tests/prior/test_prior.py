@@ -87,7 +87,7 @@ def test_pooling_takes_the_prompt_whatever_the_padding(lengths, sides, extra, an
     lengths=st.lists(
         st.lists(st.tuples(st.integers(1, 5), st.integers(0, 4)), min_size=1, max_size=3), max_size=3
     ).filter(len),
-    told_by=st.sampled_from(["labels", "completion_mask", None]),
+    told_by=st.sampled_from(["labels", "completion_mask", "both", None]),
     filled=st.integers(0, 3),
     masked=st.booleans(),
     seed=st.integers(0, 99),
@@ -112,12 +112,13 @@ def test_packed_sequences_have_the_prompts_they_have_alone(lengths, told_by, fil
             if packed and not masked and end - begin == 1:
                 begin = end  # is taken for filling
                 continue
-            tells = told_by == "completion_mask" or (told_by == "labels" and (masked or prompt > 1))
+            tells = told_by in ("completion_mask", "both") or (told_by == "labels" and (masked or prompt > 1))
             told = told and tells
             expected[i, begin:end] = table[ids[i, begin : begin + prompt if tells else end]].mean(0)
             begin = end
     tells = {"labels": ids.masked_fill(answered == 0, -100), "completion_mask": answered}
-    given_by = {told_by: tells[told_by]} if told_by else {}
+    # Beside the mask, labels of all tokens say nothing.
+    given_by = {**tells, "labels": ids} if told_by == "both" else {told_by: tells[told_by]} if told_by else {}
     found = find_prompts(ids, mask if masked else None, position_ids=positions, **given_by)
     assert (found.index is not None) == packed
     spread = found.spread(found.mean(table[ids]))
@@ -160,6 +161,20 @@ def test_a_completion_mask_stands_in_for_labels():
         model(batch["input_ids"], completion_mask=mask.tolist())
     with model.disable_adapter():
         model(batch["input_ids"], completion_mask=mask)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_completion_mask_counts_before_labels(packed):
+    """Who trains on the prompt's tokens too has labels for them, and still may say where the answer begins."""
+    model, batch = adapted(), answered(3)
+    ids, mask = batch["input_ids"], (batch["labels"] != -100).long()
+    more = {"position_ids": torch.arange(9).expand(3, -1)} if packed else {}
+    expected = model(ids, labels=batch["labels"], **more).logits
+    everything = model(ids, labels=ids, completion_mask=mask, **more)
+    torch.testing.assert_close(everything.logits, expected, rtol=0, atol=0)
+    torch.testing.assert_close(everything.loss, model.loss_function(expected, ids, vocab_size=expected.shape[-1]))
+    with pytest.raises(ValueError, match=r"completion_mask has shape \(1, 9\); expected .*\(3, 9\)"):
+        model(ids, labels=ids, completion_mask=mask[:1], **more)
 
 
 def test_a_base_models_own_completion_mask_reaches_it():

@@ -40,7 +40,7 @@ class Inputs:
         mask: (B, T), or longer by what a cache holds; zero where there is only padding.
         positions: (B, T) or (1, T), which start anew where a row packs several sequences.
         labels: (B, T), -100 where nothing is predicted.
-        completion_mask: (B, T), zero where nothing is predicted; it counts where there are no labels.
+        completion_mask: (B, T), zero where nothing is predicted; it counts before the labels.
         shift_labels: (B, T), labels that stand at the token before already.
         items: number of labelled tokens in all batches of a step.
         caches: the key-value caches that the call goes on from.

@@ -137,7 +137,8 @@ def find_prompts(
         position_ids: (B, T) or (1, T), or (4, B, T) where multimodal models put theirs behind the text's. Positions
             that start anew say that a row packs several sequences. The label of a sequence's first token is then
             always -100, and tells nothing; a sequence of one token only fills a row up.
-        completion_mask: (B, T), where there are no labels: zero where nothing is predicted.
+        completion_mask: (B, T), zero where nothing is predicted. Beside it labels say nothing: who trains on the
+            prompt's tokens too has labels for them.
         markers: what stands around a user's message.
         prefix: whether the tokens may be the beginning of a chat, whose user's message is still to come.
 
@@ -153,6 +154,8 @@ def find_prompts(
             0, sequence.flatten(), attended.flatten().float()
         )
         attended = (sizes > 1)[sequence]
+    if completion_mask is not None:
+        labels = None
     answered = find_answered(tokens, labels, completion_mask)
     # A prompt with fewer tokens than this is not told from its answer.
     least = 2 if labels is not None and position_ids is not None and attention_mask is None else 1
@@ -161,11 +164,10 @@ def find_prompts(
 
 
 def find_answered(tokens: Tensor, labels: Any, completion_mask: Any) -> Tensor | None:
-    """(B, T) bool, the tokens that are predicted; None where neither argument says it."""
-    if labels is not None:
-        return labels.to(tokens.device) != -100 if labels.shape == tokens.shape else None
+    """(B, T) bool, the tokens that are predicted, by the mask where there is one; None where neither says it."""
     if completion_mask is None:
-        return None
+        told = labels is not None and labels.shape == tokens.shape
+        return labels.to(tokens.device) != -100 if told else None
     wanted = f"expected a tensor of shape (B, T) = {tuple(tokens.shape)}, as input_ids, one where tokens are predicted"
     if not isinstance(completion_mask, Tensor):
         raise TypeError(f"completion_mask is a {type(completion_mask).__name__}; {wanted}.")

@@ -253,7 +253,8 @@ class PromptScorer:
                 UNTOLD,
                 "The labels leave some rows without a prompt (no -100 before the first token that is predicted), so "
                 "the whole row counts as its prompt, answer included. Set the prompt's labels to -100 for a prior "
-                "that does not see the answer.",
+                "that does not see the answer, or, to train on the prompt too, pass a completion_mask (B, T), one "
+                "where the answer is.",
             )
         # A batch of several answers is counted where that costs no wait.
         if inputs.told and prompts.earlier is not None and prompts.count < prompts.mask.numel():
