@@ -4,8 +4,9 @@
 
 PEFT is a checkout of PEFT's repository, installed from there (`pip install -e PEFT`), with the requirements of
 `method_comparison/MetaMathQA`; the experiment is a folder beside this file. PEFT's script runs as it is, so that its
-result stands beside those of the other methods. It gets two things that T-REX needs: the prior is fitted on questions
-of the training set, and each training batch says where its questions end, which the script's labels do not tell.
+result can be compared with those of the other methods. It gets two things that T-REX needs: the prior is fitted on
+questions of the training set, and each training batch says where its questions end, which the script's labels do not
+tell.
 """
 
 from __future__ import annotations
@@ -47,16 +48,13 @@ def prompts(train: Any, tokenizer: Any, device: torch.device) -> Iterator[dict[s
 
 def prepare(utils: Any, data: Any) -> None:
     """Have the script's own functions, of its modules `utils` and `data`, give T-REX what it needs."""
-    get_model, get_datasets, tokenize = (
-        utils.get_model,
-        data.get_train_valid_test_datasets,
-        data.tokenize_with_answer,
-    )
+    get_model, tokenize = utils.get_model, data.tokenize_with_answer
+    get_datasets = data.get_train_valid_test_datasets
     made: list[Any] = []
 
     def get_marked_model(**settings: Any) -> Any:
         model = get_model(**settings)
-        model.register_forward_pre_hook(mark_answers, with_kwargs=True, prepend=True)
+        model.register_forward_pre_hook(mark_answers, with_kwargs=True)
         made.append(model)
         return model
 

@@ -89,16 +89,15 @@ def main() -> None:
     data = [collate([encode(tokenizer, row) for row in rows[start : start + 16]]) for start in range(0, len(rows), 16)]
     print(f"{len(test)} test prompts, KL on {len(probe)}; calibration on {len(rows)} training rows")
     routed = answer_logits(model, tokenizer, probe)
-    by_routed: list[bool] = []
+    answered: dict[str, list[bool]] = {}
     found: dict[str, dict[str, float]] = {}
     kl: dict[str, float] = {}
 
     def measure(form: str, deployed: Any) -> None:
-        hits = right_answers(deployed, tokenizer, test, form)
-        by_routed.extend([] if by_routed else hits)
+        hits = answered[form] = right_answers(deployed, tokenizer, test, form)
         found[form] = {**shares(test, hits), "prompts": sum(hits) / len(hits)}
         kl[form] = mean_kl(routed, answer_logits(deployed, tokenizer, probe))
-        changes = Counter(zip(by_routed, hits, strict=True))
+        changes = Counter(zip(answered["routed"], hits, strict=True))
         lost, won = changes[True, False], changes[False, True]
         print(f"{form}: {sum(hits)} of {len(hits)} right, {lost} lost and {won} won, KL {kl[form]:.4f}", flush=True)
 

@@ -154,11 +154,10 @@ def find_prompts(
             0, sequence.flatten(), attended.flatten().float()
         )
         attended = (sizes > 1)[sequence]
-    if completion_mask is not None:
-        labels = None
     answered = find_answered(tokens, labels, completion_mask)
     # A prompt with fewer tokens than this is not told from its answer.
-    least = 2 if labels is not None and position_ids is not None and attention_mask is None else 1
+    by_labels = completion_mask is None and labels is not None
+    least = 2 if by_labels and position_ids is not None and attention_mask is None else 1
     prompts = split_turns(attended, answered, tokens if markers else None, markers, sequence, least, prefix)
     return replace(prompts, sequences=sequences)
 

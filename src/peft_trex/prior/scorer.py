@@ -251,10 +251,10 @@ class PromptScorer:
         elif prompts.told is not None and inputs.told and self._may_look(UNTOLD, prompts.told) and not prompts.told:
             self.warn_once(
                 UNTOLD,
-                "The labels leave some rows without a prompt (no -100 before the first token that is predicted), so "
-                "the whole row counts as its prompt, answer included. Set the prompt's labels to -100 for a prior "
-                "that does not see the answer, or, to train on the prompt too, pass a completion_mask (B, T), one "
-                "where the answer is.",
+                "The labels leave some rows without a prompt (no -100 before the first token that is predicted, or no "
+                "0 in the completion_mask, which counts before labels), so the whole row counts as its prompt, answer "
+                "included. Set the prompt's labels to -100, or, to train on the prompt too, pass a completion_mask "
+                "(B, T) that is 1 from the answer on.",
             )
         # A batch of several answers is counted where that costs no wait.
         if inputs.told and prompts.earlier is not None and prompts.count < prompts.mask.numel():
