@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from .config import TRexConfig
+from .fast.autograd import without_autocast
 from .fast.base import Base, separable
 from .fast.core import Folded, fold
-from .fast.dispatch import add_mixture, is_fast
+from .fast.dispatch import add_mixture, is_fast, weighs_itself
 from .fast.one_token import OneToken, Stamp
 from .mixture import Experts, mean_core, num_experts, router_logits, weigh_experts
 from .parameters import KINDS, TRexParameters
@@ -44,12 +45,12 @@ class TRexLayer(TRexParameters):
         if mapping is not None:
             # Without scores, the map still takes part in the graph: DDP waits for every parameter.
             scores = mapping.new_zeros(1, mapping.shape[1]) if scores is None else scores.to(mapping.dtype)
-            prior = F.linear(scores, mapping)
-        elif chosen is not None and scores is not None:
+            # Autocast would round the map's part, and on CPUs so small a product takes longer in half precision.
+            return without_autocast(mapping.device.type, F.linear, scores, mapping, core)
+        if chosen is not None and scores is not None:
             if chosen.device != scores.device:
                 chosen = self.trex_chosen[adapter_name] = chosen.to(scores.device)
             prior = scores.index_select(-1, chosen)
-        # The sum is in the core's dtype, so that autocast does not round the map's small part away beside it.
         return prior if core is None else core[None] if prior is None else prior + core
 
     def scores_of(self, adapter_name: str, x: Tensor) -> Tensor | None:
@@ -209,7 +210,7 @@ class TRexLayer(TRexParameters):
         prior: Tensor | None
         one = fused and self._is_one_token(base.x) and OneToken.suits(experts, settings)
         stamp = self._stamp(adapter_name, x) if one else None
-        if fused and experts.router is None:
+        if fused and experts.router is None and not weighs_itself(base.x, experts):
             prior, settings = self._fold(adapter_name, x, experts, shared)
             experts = Experts(experts.A, experts.B)
         else:

@@ -499,6 +499,30 @@ def test_backward_within_autocast_is_the_same():
     assert_equal({n: t.grad for n, t in leaves.items()}, {n: expected[n] for n in leaves}, tolerance=0)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("layout", ["grid", "paired"])
+def test_without_a_router_evaluation_rounds_as_training_does(layout, autocast):
+    """The weights are made in two places, and a checkpointed forward runs through both."""
+    sizes = {"r_a": 4, "r_b": 4} if layout == "paired" else {}
+    tensors = draw((3, 83), layout=layout, prior="row alone", **sizes)
+    tensors = {name: tensor.detach().float().requires_grad_() for name, tensor in tensors.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        trained = fused(tensors, layout=layout, **SCALES)
+        with torch.no_grad():
+            assert torch.equal(fused(tensors, layout=layout, **SCALES), trained)
+    assert trained.grad_fn is not None
+
+
+@pytest.mark.parametrize("shared_core", [False, True])
+def test_autocast_does_not_round_the_prior(shared_core):
+    layer = first_layer(adapted(use_router=False, prior_map="learned", shared_core=shared_core, num_clusters=6))
+    scores = torch.randn(3, 6)
+    expected = layer._prior("default", scores)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer._prior("default", scores), expected)
+        assert torch.is_autocast_enabled("cpu")
+
+
 @pytest.mark.parametrize("shape", [(2, 83), (2, 1)])
 def test_autocast_is_on_again_whatever_happens(shape):
     tensors = {name: tensor.float() for name, tensor in draw(shape).items()}

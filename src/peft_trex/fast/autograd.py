@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..mixture import Experts, Settings, keep_strongest
+from ..mixture import AUTOCAST, Experts, Settings, keep_strongest
 from . import core, cpu, gpu
 from .base import SHORT, Base
 from .half import Factor
@@ -58,8 +58,11 @@ def add_fused(base: Base, x: Tensor, experts: Experts, prior: Tensor | None, set
 
 def without_autocast(device: str, function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function while autocast is off; torch.autocast takes four to eight times as long."""
-    if not torch.is_autocast_enabled(device):
+    if device not in AUTOCAST or not torch.is_autocast_enabled(device):
         return function(*arguments)
+    if torch.compiler.is_compiling():
+        with torch.autocast(device, enabled=False):
+            return function(*arguments)
     torch.set_autocast_enabled(device, False)
     try:
         return function(*arguments)
@@ -78,7 +81,7 @@ class _Mixture(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         """The output (N, D_out), from x (..., D_in) and prior (P, E). The products are made in `dtype`.
 
-        Without a router, the prior's place is taken by the experts' weights (P, E), with omega and gate.
+        Without a router, omega and gate, the prior's place is taken by the experts' weights (P, E).
 
         The base layer's part is its output (N, D_out), or is made of its weight (D_out, D_in) and bias (D_out,).
         """
@@ -90,6 +93,9 @@ class _Mixture(torch.autograd.Function):
             tokens, down, up = tokens.to(dtype), down.to(dtype), up.to(dtype)
         scales = features = h = kept = None
         if experts.router is None:
+            if experts.omega is not None:
+                scales = cpu.Scales.of(experts, prior, settings)
+                prior = core.weigh(prior, experts.A, scales)
             features = tokens @ down.T
             kept = mixed = core.mix(features, prior, settings.layout).to(dtype)
         elif gpu.available(tokens):
@@ -139,6 +145,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if experts.router is None:
         d_h, d_prior = core.mix_backward(features, prior, outgoing @ up, settings.layout)
         d_h = d_h.to(dtype)
+        if ctx.scales is not None:
+            d_prior, d_omega, d_gate = core.weigh_backward(prior, d_prior, ctx.scales, settings)
     elif h is None:
         logits = _with_logits(features.T, experts, settings).T
         du = outgoing @ up

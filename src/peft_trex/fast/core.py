@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..mixture import Experts, Layout, Settings, weigh_experts
+from .cpu import Scales
 
 
 class Folded(NamedTuple):
@@ -26,11 +27,37 @@ class Folded(NamedTuple):
 
 
 def fold(experts: Experts, prior: Tensor | None, settings: Settings) -> Folded:
-    """The weights of a mixture without a router, for which the experts' A and B are all that is left."""
-    G = weigh_experts(experts.A, None, prior, experts.omega, settings)
-    if experts.gate is not None:
-        G = torch.sigmoid(settings.temperature * experts.gate.to(G.dtype)) * G
+    """The weights of a mixture without a router, for which the experts' A and B are all that is left.
+
+    On a CPU without gradients they round as those of [`weigh`], which makes them in training: a checkpointed forward
+    runs in both ways.
+    """
+    if prior is not None and takes_numbers(prior, experts) and not torch.is_grad_enabled():
+        G = weigh(prior, experts.A, Scales.of(experts, prior, settings))
+    else:
+        G = weigh_experts(experts.A, None, prior, experts.omega, settings)
+        if experts.gate is not None:
+            G = torch.sigmoid(settings.temperature * experts.gate.to(G.dtype)) * G
     return Folded(G, settings._replace(prior_scale=1.0))
+
+
+def takes_numbers(x: Tensor, experts: Experts) -> bool:
+    """Whether omega and gate can be taken as Python numbers: they are there, on a CPU, and nothing records a graph."""
+    if type(x) is not Tensor or not x.is_cpu or experts.omega is None or experts.gate is None:
+        return False
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
+def weigh(prior: Tensor, A: Tensor, scales: Scales) -> Tensor:
+    """The experts' weights G (P, ..., E) from a prior of that shape, in the dtype of A or float32, the wider."""
+    return prior.to(torch.promote_types(A.dtype, torch.float32)) * scales.larger
+
+
+def weigh_backward(G: Tensor, dG: Tensor, scales: Scales, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of the prior (P, E), and of the logits of omega and gate (1,), for `dG` (P, E)."""
+    by_factor = settings.temperature * float(torch.dot(G.reshape(-1), dG.reshape(-1)))
+    d_omega, d_gate = -scales.omega * by_factor, (1 - scales.gate) * by_factor
+    return dG * scales.larger, G.new_full((1,), d_omega), G.new_full((1,), d_gate)
 
 
 def mix(a: Tensor, G: Tensor, layout: Layout) -> Tensor:

@@ -23,6 +23,7 @@ class Scales(NamedTuple):
     """omega and gate as Python numbers, which cost less than tensors of one element.
 
     The factors of softmax and prior, gate included, are `larger * token` and `larger * prior`; one of these two is 1.
+    Without a router there is no softmax, and `larger` is the prior's factor.
     """
 
     omega: float
@@ -35,7 +36,7 @@ class Scales(NamedTuple):
     def of(cls, experts: Experts, prior: Tensor | None, settings: Settings) -> Scales:
         omega = _sigmoid(settings.temperature * float(experts.omega))  # type: ignore[arg-type]
         gate = _sigmoid(settings.temperature * float(experts.gate))  # type: ignore[arg-type]
-        token = gate * (omega * settings.token_scale)
+        token = 0.0 if experts.router is None else gate * (omega * settings.token_scale)
         by_prior = 0.0 if prior is None else gate * ((1 - omega) * settings.prior_scale)
         larger = max(token, by_prior)
         return cls(omega, gate, larger, token / larger, by_prior / larger) if larger else cls(omega, gate, 0, 1, 1)

@@ -9,7 +9,7 @@ from ..mixture import Experts, Settings, apply_experts, mixture_of, product
 from . import gpu
 from .autograd import add_fused, stack, without_autocast
 from .base import Base
-from .core import fold
+from .core import fold, takes_numbers
 from .cpu import decode
 
 FEW = 64  # rows, up to which decoding costs more for its calls than for its arithmetic
@@ -33,7 +33,8 @@ def add_mixture(
     if not fast:
         output = base.compute()
         return output + apply_experts(x, experts, prior, settings).to(output.dtype)
-    if experts.router is None and (experts.omega is not None or experts.gate is not None):
+    folded = experts.omega is None and experts.gate is None
+    if experts.router is None and not folded and not weighs_itself(base.x, experts):
         prior, settings = fold(experts, prior, settings)
         experts = Experts(experts.A, experts.B)
     if not is_fast(base.x, experts.A):
@@ -59,6 +60,11 @@ def add_stacked(output: Tensor, x: Tensor, experts: Experts, prior: Tensor | Non
     elif experts.router_down is not None:
         logits = product(z, experts.router)
     return output + mixture_of(a, logits, experts, prior, settings).to(output.dtype)
+
+
+def weighs_itself(x: Tensor, experts: Experts) -> bool:
+    """Whether [`add_mixture`] makes the weights of experts without a router best itself: in training, on a CPU."""
+    return experts.router is None and torch.is_grad_enabled() and takes_numbers(x, experts) and is_fast(x, experts.A)
 
 
 def is_fast(x: Tensor, A: Tensor) -> bool:
