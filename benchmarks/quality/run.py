@@ -45,10 +45,9 @@ from speed.variants import PRECISIONS
 
 FOLDER = Path(__file__).resolve().parents[1]
 INTERRUPTED = 130  # what a shell calls it
-LOSSES, WINDOW = (
-    (1.0, 0.3, 0.1),
-    10,
-)  # how soon the training loss falls to these, as the mean of so many steps, is told
+# How soon the training loss falls to these is told, as the mean of so many steps.
+LOSSES = (1.0, 0.3, 0.1)
+WINDOW = 10
 POINTS = 25  # of a curve
 Choice = tuple[float, float]  # a learning rate, and a factor of the adapter's scale
 
