@@ -367,11 +367,13 @@ def test_no_tokens_at_all(shape, prior, grad):
 @pytest.mark.parametrize("prior", ["row", "row alone"])
 @pytest.mark.parametrize("shape", [(3, 5), (2, 83), (3, 1), (1, 1)], ids=str)
 @pytest.mark.parametrize("logit", [40.0, -40.0, float("nan"), float("inf"), -float("inf")])
-def test_logits_at_their_ends(shape, logit, prior):
+@pytest.mark.parametrize("grad", [False, True])
+def test_logits_at_their_ends(shape, logit, prior, grad):
     tensors = draw(shape, prior=prior)
     for name in ("omega_logit", "gate_logit"):
         with torch.no_grad():
             tensors[name].fill_(logit)
+        with torch.set_grad_enabled(grad):
             found, expected = fused(tensors, **SCALES), reference(tensors, **SCALES)
         torch.testing.assert_close(found, expected, equal_nan=True)
         assert found.isnan().all() == math.isnan(logit)

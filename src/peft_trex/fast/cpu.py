@@ -36,9 +36,9 @@ class Scales(NamedTuple):
     def of(cls, experts: Experts, prior: Tensor | None, settings: Settings) -> Scales:
         omega = _sigmoid(settings.temperature * float(experts.omega))  # type: ignore[arg-type]
         gate = _sigmoid(settings.temperature * float(experts.gate))  # type: ignore[arg-type]
-        token = 0.0 if experts.router is None else gate * (omega * settings.token_scale)
+        token = gate * (omega * settings.token_scale)
         by_prior = 0.0 if prior is None else gate * ((1 - omega) * settings.prior_scale)
-        larger = max(token, by_prior)
+        larger = by_prior if experts.router is None else max(token, by_prior)
         return cls(omega, gate, larger, token / larger, by_prior / larger) if larger else cls(omega, gate, 0, 1, 1)
 
 
