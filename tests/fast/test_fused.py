@@ -515,13 +515,15 @@ def test_without_a_router_evaluation_rounds_as_training_does(layout, autocast):
     assert trained.grad_fn is not None
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("shared_core", [False, True])
-def test_autocast_does_not_round_the_prior(shared_core):
+def test_autocast_does_not_round_the_prior(shared_core, compiled):
     layer = first_layer(adapted(use_router=False, prior_map="learned", shared_core=shared_core, num_clusters=6))
     scores = torch.randn(3, 6)
     expected = layer._prior("default", scores)
+    prior_of = torch.compile(layer._prior, backend="aot_eager", fullgraph=True) if compiled else layer._prior
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(layer._prior("default", scores), expected)
+        assert torch.equal(prior_of("default", scores), expected)
         assert torch.is_autocast_enabled("cpu")
 
 

@@ -60,6 +60,7 @@ def without_autocast(device: str, function: Callable[..., Any], *arguments: Any)
     """Call a function while autocast is off; torch.autocast takes four to eight times as long."""
     if device not in AUTOCAST or not torch.is_autocast_enabled(device):
         return function(*arguments)
+    # The compiler of torch 2.8 knows autocast as a block only.
     if torch.compiler.is_compiling():
         with torch.autocast(device, enabled=False):
             return function(*arguments)
@@ -81,7 +82,8 @@ class _Mixture(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         """The output (N, D_out), from x (..., D_in) and prior (P, E). The products are made in `dtype`.
 
-        Without a router, omega and gate, the prior's place is taken by the experts' weights (P, E).
+        Without a router there are two ways: omega and gate are given, and the prior as it is; or they are None, and
+        the experts' weights (P, E) that [`core.fold`] made stand in the prior's place.
 
         The base layer's part is its output (N, D_out), or is made of its weight (D_out, D_in) and bias (D_out,).
         """

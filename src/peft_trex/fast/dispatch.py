@@ -63,7 +63,7 @@ def add_stacked(output: Tensor, x: Tensor, experts: Experts, prior: Tensor | Non
 
 
 def weighs_itself(x: Tensor, experts: Experts) -> bool:
-    """Whether [`add_mixture`] makes the weights of experts without a router best itself: in training, on a CPU."""
+    """Whether experts without a router need no [`fold`]: in training on a CPU, [`add_mixture`] makes their weights."""
     return experts.router is None and torch.is_grad_enabled() and takes_numbers(x, experts) and is_fast(x, experts.A)
 
 
