@@ -179,7 +179,13 @@ MOST_TENANTS = 4  # of a group
 
 
 def generate(
-    *, tasks: int = 32, groups: int = 8, train: int = 150, validation: int = 4, test: int = 16, seed: int = 0
+    *,
+    tasks: int = 32,
+    groups: int | list[str] = 8,
+    train: int = 150,
+    validation: int = 4,
+    test: int = 16,
+    seed: int = 0,
 ) -> dict[str, list[Row]]:
     """Rows of task, prompt and answer for training, validation and test.
 
@@ -189,7 +195,7 @@ def generate(
 
     Args:
         tasks: tenants, spread over the groups as evenly as can be; up to four of a group.
-        groups: the first so many of GROUPS.
+        groups: the first so many of GROUPS, or those of these names.
         train, validation, test: rows of each task; at least 1, 0 and 1, and together up to 2,500.
         seed: of inputs and order.
 
@@ -199,12 +205,16 @@ def generate(
     Raises:
         ValueError: naming the dial that cannot be.
     """
-    if not 1 <= groups <= len(GROUPS):
+    if isinstance(groups, int) and not 1 <= groups <= len(GROUPS):
         raise ValueError(f"data: groups={groups} must be from 1 to {len(GROUPS)}.")
-    if not groups <= tasks <= MOST_TENANTS * groups:
+    names = list(GROUPS)[:groups] if isinstance(groups, int) else groups
+    if not names or len(set(names)) < len(names) or not set(names) <= set(GROUPS):
+        raise ValueError(f"data: groups={groups} must be a number, or different ones of {', '.join(GROUPS)}.")
+    number = len(names)
+    if not number <= tasks <= MOST_TENANTS * number:
         raise ValueError(
-            f"data: tasks={tasks} must be from {groups} to {MOST_TENANTS * groups}, one to {MOST_TENANTS} for each of "
-            f"{groups} groups."
+            f"data: tasks={tasks} must be from {number} to {MOST_TENANTS * number}, one to {MOST_TENANTS} for each of "
+            f"{number} groups."
         )
     counts = {"test": test, "train": train, "validation": validation}  # in the order in which they are drawn
     for part, count in counts.items():
@@ -216,9 +226,9 @@ def generate(
             f"and there are {MOST_INPUTS}; ask for fewer rows."
         )
     parts: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
-    for place, (name, group) in enumerate(list(GROUPS.items())[:groups]):
-        inputs = _inputs(group, needed, random.Random(f"{seed} {name}"))
-        for tenant in list(group.answers)[: len(range(place, tasks, groups))]:
+    for place, name in enumerate(names):
+        inputs = _inputs(GROUPS[name], needed, random.Random(f"{seed} {name}"))
+        for tenant in list(GROUPS[name].answers)[: len(range(place, tasks, number))]:
             start = 0
             for part, count in counts.items():
                 parts[part] += [_row(name, tenant, value) for value in inputs[start : start + count]]

@@ -224,6 +224,15 @@ def test_tasks_are_spread_over_the_first_groups(tasks, groups):
     assert max(found.values()) - min(found.values()) <= 1
 
 
+def test_groups_that_are_named_have_the_rows_that_they_have_among_others():
+    chosen, everything = generate(tasks=5, groups=["mood", "date"]), generate()
+    for part in PARTS:
+        tasks = {row["task"] for row in chosen[part]}
+        assert tasks == {"mood Wexler", "mood Ibsen", "mood Umber", "date zoke", "date brill"}
+        kept = [row for row in everything[part] if row["task"] in tasks]
+        assert sorted(map(str, chosen[part])) == sorted(map(str, kept))
+
+
 def test_rows_stay_when_others_are_asked_for():
     """So that other sizes, and tuning and final runs, are scored on the same test rows."""
     few = {"tasks": 6, "groups": 3}
@@ -259,6 +268,10 @@ def test_there_are_as_many_inputs_as_promised():
     [
         ({"groups": 0}, "groups=0 must be from 1 to 8"),
         ({"groups": 9}, "groups=9 must be from 1 to 8"),
+        ({"groups": []}, "groups=[] must be a number, or different ones of date, amount"),
+        ({"groups": ["mood", "moon"]}, "groups=['mood', 'moon'] must be a number, or different ones of date"),
+        ({"groups": ["mood", "mood"]}, "groups=['mood', 'mood'] must be a number, or different ones of date"),
+        ({"tasks": 5, "groups": ["mood"]}, "tasks=5 must be from 1 to 4, one to 4 for each of 1 groups"),
         ({"tasks": 33}, "tasks=33 must be from 8 to 32"),
         ({"tasks": 3, "groups": 4}, "tasks=3 must be from 4 to 16, one to 4 for each of 4 groups"),
         ({"train": 0}, "train=0 must be at least 1"),
@@ -269,5 +282,5 @@ def test_there_are_as_many_inputs_as_promised():
     ],
 )
 def test_dials_that_cannot_be_are_refused(changes, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=re.escape(said)):
         corpora.load({"family": "tenants", **changes})
