@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -40,12 +41,15 @@ class Method:
             one random vector of scores for every prompt. "offset": the sum of the latter two, weighing the same.
             "tasks": it is told the task, and scores this one 1 and the others 0.
         factors: of the learning rate, for parameters whose name holds the key.
+        map_start: the learned map is drawn from +-map_start / sqrt(K); None leaves it to the package, which takes 0.3
+            beside a core, and 1 without.
     """
 
     config: Callable[[Adapted], Config] | None = None
     trains_base: bool = False
     prior: Literal["base", "sentences", "constant", "offset", "tasks"] = "base"
     factors: Mapping[str, float] = field(default_factory=dict)
+    map_start: float | None = None
 
     @property
     def trained(self) -> bool:
@@ -98,6 +102,9 @@ METHODS: dict[str, Method] = {
     f"{RECOMMENDED}, 64 clusters": Method(_recommended(num_clusters=64)),
     f"{RECOMMENDED}, 128 clusters": Method(_recommended(num_clusters=128)),
     f"{RECOMMENDED}, router": Method(_recommended(use_router=True, init_weights="random_router")),
+    # more of a prompt's own at the start, beside the core that all prompts share
+    f"{RECOMMENDED}, map start 1": Method(_recommended(), map_start=1.0),
+    f"{RECOMMENDED}, map start 3": Method(_recommended(), map_start=3.0),
     # as many experts as fit the parameters of 4 x 8
     "T-REX paired": Method(_trex(expert_layout="paired", r_a=15, r_b=15, num_clusters=15)),
     # a LoRA of rank 15 whose vectors a router weighs: no prior, and no columns of B that stay equal without one
@@ -174,7 +181,13 @@ def apply(
         setattr(config, name, getattr(config, name) * scale)
     faster = "".join(f"; learning rate of {name} x {value:g}" for name, value in method.factors.items())
     model = config.attach(base) if isinstance(config, HydraConfig) else get_peft_model(base, config)
-    return model, _words(config) + faster
+    if method.map_start is None:
+        return model, _words(config) + faster
+    for name, parameter in model.named_parameters():
+        if ".trex_map." in name:
+            bound = method.map_start / math.sqrt(parameter.shape[1])
+            nn.init.uniform_(parameter, -bound, bound)
+    return model, f"{_words(config)}{faster}; map start {method.map_start:g}"
 
 
 def kind_of(config: Config) -> str:

@@ -300,6 +300,16 @@ def test_a_scale_is_a_factor_of_what_a_method_has(name, said):
         apply(METHODS["Lily"], _layers(), 1, scale=2.0)
 
 
+def test_a_map_can_start_larger_than_the_package_has_it():
+    sizes = []
+    for name, words in (("", "auto"), (", map start 1", "map start 1"), (", map start 3", "map start 3")):
+        model, settings = apply(METHODS[f"T-REX recommended{name}"], micro_base.make_model(), 1)
+        assert settings.endswith(words)
+        drawn = [p.abs().max() for name, p in model.named_parameters() if ".trex_map." in name]
+        sizes.append(float(max(drawn)) * 32**0.5)
+    assert sizes == pytest.approx([0.3, 1, 3], rel=0.01)
+
+
 def test_sizes_are_those_of_the_evidence():
     """Trainable parameters on the micro tier's model, in thousands."""
     found = {}
