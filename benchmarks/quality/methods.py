@@ -41,8 +41,8 @@ class Method:
             one random vector of scores for every prompt. "offset": the sum of the latter two, weighing the same.
             "tasks": it is told the task, and scores this one 1 and the others 0.
         factors: of the learning rate, for parameters whose name holds the key.
-        map_start: the learned map is drawn from +-map_start / sqrt(K); None leaves it to the package, which takes 0.3
-            beside a core, and 1 without.
+        map_start: the learned map is drawn between -map_start / sqrt(K) and map_start / sqrt(K), for K clusters. None
+            leaves it to the package, which takes 0.3 beside a core, and 1 without.
     """
 
     config: Callable[[Adapted], Config] | None = None
